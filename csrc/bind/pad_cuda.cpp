@@ -1,0 +1,126 @@
+// encfast::gather_rows and encfast::scatter_rows on a GPU. No value of an index is read on the
+// host: the kernels assert their range. A scatter sorts the index (stable), so that rows which
+// share a place are added in their order without atomics: the same bits in every run. Rows of a
+// dtype that cannot be added move as bytes, and of those which share a place the first one stays.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "bind/tensor_util.h"
+#include "cuda/pad.h"
+
+// Weak: found where libtorch brings libtorch_cuda along, null on a CPU-only PyTorch, which loads
+// this library all the same.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                            void** ret_stream);
+
+namespace encfast {
+namespace {
+
+void* current_stream(const Tensor& x) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "encfast: this PyTorch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " at launch");
+}
+
+// x with contiguous rows and index [m] contiguous, both on x's GPU.
+std::pair<Tensor, Tensor> checked(const char* op, const Tensor& x, const Tensor& index) {
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has no dimension, expected rows");
+  check_dim(op, "index", index, 1);
+  check_dtype(op, "index", index, ScalarType::Long, "int64");
+  STD_TORCH_CHECK(index.is_cuda() && index.get_device_index() == x.get_device_index(), op,
+                  ": index is not on the device of x, CUDA device ", x.get_device_index());
+  return {with_inner_contiguous(x, 1), torch::stable::contiguous(index)};
+}
+
+Tensor new_rows(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[0] = n;
+  return new_contiguous(x, sizes, x.scalar_type());
+}
+
+int64_t row_elements(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
+  return count;
+}
+
+// aten::sort.stable: (ascending values, where each came from).
+std::pair<Tensor, Tensor> stable_sort(const Tensor& x) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+CudaSumType sum_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return CudaSumType::kFloat32;
+    case ScalarType::BFloat16:
+      return CudaSumType::kBFloat16;
+    case ScalarType::Half:
+      return CudaSumType::kFloat16;
+    case ScalarType::Double:
+      return CudaSumType::kFloat64;
+    case ScalarType::Int:
+      return CudaSumType::kInt32;
+    case ScalarType::Long:
+      return CudaSumType::kInt64;
+    default:
+      return CudaSumType::kBytes;
+  }
+}
+
+Tensor gather_rows(const Tensor& x, const Tensor& index) {
+  constexpr const char* kOp = "encfast::gather_rows";
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const auto [rows, idx] = checked(kOp, x, index);
+  Tensor out = new_rows(rows, idx.size(0));
+  const int64_t size = static_cast<int64_t>(rows.element_size());
+  const int64_t row_bytes = row_elements(rows) * size;
+  check_launch(kOp, gather_rows_cuda({rows.const_data_ptr(), idx.const_data_ptr<int64_t>(),
+                                      out.mutable_data_ptr(), idx.size(0), rows.size(0), row_bytes,
+                                      rows.stride(0) * size, row_bytes},
+                                     current_stream(x)));
+  return out;
+}
+
+Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t n) {
+  constexpr const char* kOp = "encfast::scatter_rows";
+  STD_TORCH_CHECK(n >= 0, kOp, ": n is ", n, ", expected >= 0");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const auto [rows, idx] = checked(kOp, x, index);
+  STD_TORCH_CHECK(idx.size(0) == rows.size(0), kOp, ": index has ", idx.size(0), " entries, x has ",
+                  rows.size(0), " rows");
+  const auto [sorted, order] = stable_sort(idx);
+  Tensor out = new_rows(rows, n);
+  Tensor begin = new_contiguous(rows, {n + 1}, ScalarType::Long);
+  const CudaSumType type = sum_type(rows.scalar_type());
+  const int64_t units = type == CudaSumType::kBytes ? static_cast<int64_t>(rows.element_size()) : 1;
+  check_launch(kOp,
+               sum_rows_cuda({type, rows.const_data_ptr(), sorted.const_data_ptr<int64_t>(),
+                              order.const_data_ptr<int64_t>(), begin.mutable_data_ptr<int64_t>(),
+                              out.mutable_data_ptr(), idx.size(0), n, row_elements(rows) * units,
+                              rows.stride(0) * units},
+                             current_stream(x)));
+  return out;
+}
+
+}  // namespace
+}  // namespace encfast
+
+STABLE_TORCH_LIBRARY_IMPL(encfast, CUDA, m) {
+  m.impl("gather_rows", TORCH_BOX(&encfast::gather_rows));
+  m.impl("scatter_rows", TORCH_BOX(&encfast::scatter_rows));
+}

@@ -1,0 +1,88 @@
+// What every binding needs of tensors: checks whose messages name the argument, layouts,
+// workspaces.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace encfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_text(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + ")";
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " is not on the CPU like the other tensors");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(x.dim() == dim, op, ": ", name, " has shape ", shape_text(x), ", expected ", dim,
+                  " dimensions");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType dtype,
+                        const char* dtype_name) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": ", name, " is not ", dtype_name);
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& x,
+                             const char* like_name, const Tensor& like) {
+  bool same = x.dim() == like.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape_text(x), ", ", like_name, " has ",
+                  shape_text(like));
+}
+
+// True where dimensions `from`.. lie in memory like those of a contiguous tensor.
+inline bool inner_contiguous(const Tensor& x, int64_t from) {
+  int64_t expected = 1;
+  for (int64_t i = x.dim() - 1; i >= from; --i) {
+    if (x.size(i) == 0) return true;
+    if (x.size(i) != 1 && x.stride(i) != expected) return false;
+    expected *= x.size(i);
+  }
+  return true;
+}
+
+// `x` itself where its dimensions `from`.. are contiguous (outer strides stay), else a copy.
+inline Tensor with_inner_contiguous(const Tensor& x, int64_t from) {
+  return inner_contiguous(x, from) ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
+inline Tensor new_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                             ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// Scratch memory from PyTorch's allocator, so that its accounting and its NaN fill of uninitialised
+// memory (torch.use_deterministic_algorithms) reach it.
+class Workspace {
+ public:
+  static constexpr int64_t kAlign = 64;  // cache line, and the width of one AVX-512 register
+
+  Workspace(const Tensor& like, int64_t bytes)
+      : tensor_(new_contiguous(like, {(bytes + kAlign) / 4 + 1}, ScalarType::Float)) {}
+
+  void* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
+    return reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
+  }
+
+ private:
+  Tensor tensor_;
+};
+
+}  // namespace encfast

@@ -1,0 +1,217 @@
+// From raw products q.k to softmax: scale, softcap, ALiBi, visibility, running maximum and sum.
+//
+// Lanes are queries and rows are keys, so every reduction over keys is vertical: one max and one
+// add per vector, no shuffles. Scores are kept in units of log 2 (scale * log2(e) is one factor),
+// so that the exponential is exp2. Key blocks that every query of the block sees skip the
+// visibility test.
+#pragma once
+#include "attn_pack.h"
+#include "vec_math.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+struct KeyRange {
+  int64_t begin, end;
+  bool empty() const { return end <= begin; }
+};
+
+inline KeyRange intersect(KeyRange a, KeyRange b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
+// The score rule of one query head in one sequence.
+struct ScoreRule {
+  float scale, softcap;
+  float slope;  // ALiBi
+  bool alibi;
+  int64_t left, right;
+  int64_t len_k, shift;  // query row i stands at key position i + shift
+
+  ScoreRule(const VarlenAttnGeometry& g, int64_t b, int64_t h, int64_t len_q, int64_t len_k_)
+      : scale(g.scale),
+        softcap(g.softcap),
+        slope(g.alibi_slopes ? g.alibi_slopes[b * g.alibi_batch_stride + h] : 0.0f),
+        alibi(g.alibi_slopes != nullptr),
+        left(g.left),
+        right(g.right),
+        len_k(len_k_),
+        shift(len_k_ - len_q) {}
+
+  // A positive multiple of the raw product: maxima can be taken before scaling.
+  bool is_linear() const { return softcap == 0.0f && !alibi && scale > 0.0f; }
+
+  // Keys some query of rows [begin, end) sees, and keys all of them see.
+  KeyRange visible(int64_t begin, int64_t end) const {
+    return bounded(begin + shift, end - 1 + shift);
+  }
+  KeyRange common(int64_t begin, int64_t end) const {
+    return bounded(end - 1 + shift, begin + shift);
+  }
+
+ private:
+  KeyRange bounded(int64_t left_from, int64_t right_from) const {
+    const KeyRange all = {0, len_k};
+    return intersect(all,
+                     {left < 0 ? 0 : left_from - left, right < 0 ? len_k : right_from + right + 1});
+  }
+};
+
+// What a score needs beyond scale: each mode is one instantiation of the loops below. Softcap is
+// rare and slow anyhow, so it carries the other two with it.
+enum class ScoreMode { kLinear, kLinearMasked, kAlibi, kAlibiMasked, kSoftcap };
+
+template <ScoreMode kM>
+struct ModeTag {
+  static constexpr ScoreMode value = kM;
+};
+
+template <class F>
+ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool masked, F f) {
+  if (rule.softcap != 0.0f) return f(ModeTag<ScoreMode::kSoftcap>{});
+  if (rule.alibi && masked) return f(ModeTag<ScoreMode::kAlibiMasked>{});
+  if (rule.alibi) return f(ModeTag<ScoreMode::kAlibi>{});
+  if (masked) return f(ModeTag<ScoreMode::kLinearMasked>{});
+  return f(ModeTag<ScoreMode::kLinear>{});
+}
+
+// The score of one vector of queries against keys counted from a block's first.
+template <ScoreMode kM>
+struct LaneScore {
+  static constexpr bool kSoftcap = kM == ScoreMode::kSoftcap;
+  static constexpr bool kAlibi =
+      kSoftcap || kM == ScoreMode::kAlibi || kM == ScoreMode::kAlibiMasked;
+  static constexpr bool kMasked =
+      kSoftcap || kM == ScoreMode::kLinearMasked || kM == ScoreMode::kAlibiMasked;
+
+  Vec scale, cap, slope, position, first_key, last_key;
+
+  // Lanes are query rows from `row` on; `key` is the block's first key. Positions are relative to
+  // the block so that floats hold them exactly wherever they decide visibility. Scores come
+  // multiplied by `unit`.
+  LaneScore(const ScoreRule& r, int64_t row, int64_t key, float unit) {
+    const Vec inf = splat(__builtin_inff());
+    scale = splat(kSoftcap ? r.scale / r.softcap : r.scale * unit);
+    cap = splat(r.softcap * unit);
+    slope = splat(-r.slope * unit);
+    position = iota() + splat(static_cast<float>(row + r.shift - key));
+    first_key = r.left < 0 ? -inf : position - splat(static_cast<float>(r.left));
+    last_key = r.right < 0 ? inf : position + splat(static_cast<float>(r.right));
+  }
+
+  // Score + shift of raw product s with the block's key j. With a softcap, *tanh_out
+  // receives its tanh, whose derivative the backward needs.
+  ENCFAST_INLINE Vec operator()(Vec s, float j, Vec shift, Vec* tanh_out) const {
+    const Vec key = splat(j);
+    Vec x;
+    if constexpr (kSoftcap) {
+      const Vec t = tanh(s * scale);
+      *tanh_out = t;
+      x = fma(t, cap, shift);
+    } else {
+      x = fma(s, scale, shift);
+    }
+    if constexpr (kAlibi) x = fma(abs(position - key), slope, x);
+    if constexpr (kMasked) x = select_within(first_key, key, last_key, x, splat(-__builtin_inff()));
+    return x;
+  }
+};
+
+// m = maximum over keys [0, n) of s[n][kLanes], per lane.
+template <int kVecs>
+inline void max_over_keys(const float* s, int n, Vec m[kVecs]) {
+  Vec even[kVecs], odd[kVecs];
+  for (int v = 0; v < kVecs; ++v) even[v] = odd[v] = splat(-__builtin_inff());
+  int j = 0;
+  for (; j + 2 <= n; j += 2) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+      even[v] = max(even[v], load(s + j * kLanes + v * kW));
+      odd[v] = max(odd[v], load(s + (j + 1) * kLanes + v * kW));
+    }
+  }
+  if (j < n) {
+    for (int v = 0; v < kVecs; ++v) even[v] = max(even[v], load(s + j * kLanes + v * kW));
+  }
+  for (int v = 0; v < kVecs; ++v) m[v] = max(even[v], odd[v]);
+}
+
+// Replaces raw products by scores in place.
+template <int kVecs>
+inline void apply_rule(const ScoreRule& rule, bool masked, int64_t row, int64_t key, int n,
+                       float* s) {
+  with_mode(rule, masked, [&](auto tag) {
+    for (int v = 0; v < kVecs; ++v) {
+      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, kLog2e);
+      for (int j = 0; j < n; ++j) {
+        float* p = s + j * kLanes + v * kW;
+        Vec unused;
+        store(p, score(load(p), static_cast<float>(j), zeros(), &unused));
+      }
+    }
+  });
+}
+
+// Running softmax statistics of one query tile: maximum score (units of log 2) and sum of exp2.
+template <int kVecs>
+struct RunningSoftmax {
+  Vec max_score[kVecs], sum[kVecs];
+
+  // Lowest finite, so that -inf - max_score is -inf and never NaN. A lane that has seen no key ends
+  // with sum 0, every other with sum >= 1 or NaN.
+  void reset() {
+    for (int v = 0; v < kVecs; ++v) {
+      max_score[v] = splat(-3.4e38f);
+      sum[v] = zeros();
+    }
+  }
+
+  // Takes in scores factor * s[n][kLanes], factor > 0; when some maximum grew, rescales the sums
+  // and the output out[D][kLanes] (null: there is none yet).
+  void raise(const float* s, int n, float factor, int D, float* out) {
+    Vec block_max[kVecs], decay[kVecs];
+    max_over_keys<kVecs>(s, n, block_max);
+    bool grew = false;
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec m = max(max_score[v], block_max[v] * splat(factor));
+      grew |= any_greater(m, max_score[v]);
+      decay[v] = exp2<6>(max_score[v] - m);
+      max_score[v] = m;
+    }
+    if (!grew || out == nullptr) return;
+    for (int v = 0; v < kVecs; ++v) sum[v] *= decay[v];
+    for (int d = 0; d < D; ++d) {
+      for (int v = 0; v < kVecs; ++v) {
+        float* p = out + d * kLanes + v * kW;
+        store(p, load(p) * decay[v]);
+      }
+    }
+  }
+
+  void store_to(float* stats) const {
+    for (int v = 0; v < kVecs; ++v) {
+      store(stats + v * kW, max_score[v]);
+      store(stats + kLanes + v * kW, sum[v]);
+    }
+  }
+  void load_from(const float* stats) {
+    for (int v = 0; v < kVecs; ++v) {
+      max_score[v] = load(stats + v * kW);
+      sum[v] = load(stats + kLanes + v * kW);
+    }
+  }
+
+  // Factor that normalises the output of vector v: 0 where no key was visible.
+  Vec normaliser(int v) const {
+    return select_within(zeros(), sum[v], zeros(), zeros(), splat(1.0f) / sum[v]);
+  }
+
+  // Natural logarithm of the sum of exponentials; -inf where no key was visible.
+  Vec log_sum_exp(int v) const {
+    const Vec lse = fma(max_score[v], splat(kLn2), log(sum[v]));
+    return select_within(zeros(), sum[v], zeros(), splat(-__builtin_inff()), lse);
+  }
+};
+
+}  // namespace
+}  // namespace encfast::ENCFAST_ISA

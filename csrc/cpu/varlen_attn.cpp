@@ -1,0 +1,92 @@
+// The varlen_attn kernel table of one instruction set: chooses the compute format and head width,
+// and runs tasks on the injected pool.
+#include "varlen_attn.h"
+
+#include "attn_tiles_amx.h"
+#include "attn_tiles_bf16.h"
+#include "attn_tiles_f32.h"
+#include "isa.h"
+#include "varlen_attn_bwd.h"
+#include "varlen_attn_fwd.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+template <class Tiles>
+struct TilesTag {
+  using type = Tiles;
+};
+
+template <int kWidth, class F>
+auto with_format(const VarlenAttnGeometry& g, F f) {
+#if defined(__AMX_BF16__)
+  if (g.dtype == DType::kBFloat16) return f(TilesTag<AmxTiles<kWidth>>{});
+#elif defined(__AVX512BF16__)
+  if (g.dtype == DType::kBFloat16) return f(TilesTag<Bf16Tiles<kWidth>>{});
+#endif
+  return f(TilesTag<F32Tiles<kWidth>>{});
+}
+
+// Calls f with the tag of the tiles that serve this dtype and head size.
+template <class F>
+auto with_tiles(const VarlenAttnGeometry& g, F f) {
+  if (g.D <= 32) return with_format<32>(g, f);
+  if (g.D <= 64) return with_format<64>(g, f);
+  if (g.D <= 128) return with_format<128>(g, f);
+  return with_format<256>(g, f);
+}
+
+// Neighbouring tasks are heads of one sequence. A thread takes up to kBundle of them at once, so
+// that it knows which rows it needs next and can fetch them while it computes; fewer when threads
+// would idle.
+constexpr int64_t kBundle = 4;
+constexpr int64_t kBundlesPerThread = 16;
+
+template <class Params>
+struct Bundles {
+  const Params& params;
+  int64_t size;
+};
+
+// Runs Pass on each task, in the workspace of the slot that takes it.
+template <class Pass, class Params>
+void run_tasks(const Params& params, const Pool& pool) {
+  const int64_t n = params.g.n_tasks;
+  const int64_t fair = n / (kBundlesPerThread * pool.threads(pool.self));
+  const int64_t size = fair < 1 ? 1 : fair < kBundle ? fair : kBundle;
+  Bundles<Params> bundles{params, size};
+  pool.run(
+      pool.self, (n + size - 1) / size,
+      [](int64_t bundle, int slot, void* ctx) {
+        const auto& b = *static_cast<const Bundles<Params>*>(ctx);
+        const VarlenAttnGeometry& g = b.params.g;
+        void* workspace = static_cast<char*>(g.workspace) + slot * g.workspace_bytes;
+        const int64_t begin = bundle * b.size;
+        const int64_t end = begin + b.size < g.n_tasks ? begin + b.size : g.n_tasks;
+        for (int64_t i = begin; i < end; ++i) {
+          Pass::run(b.params, g.tasks[i], i + 1 < end ? &g.tasks[i + 1] : nullptr, workspace);
+        }
+      },
+      &bundles);
+}
+
+int64_t fwd_workspace_bytes(const VarlenAttnGeometry& g) {
+  return with_tiles(
+      g, [&](auto t) { return Forward<typename decltype(t)::type>::workspace_bytes(g); });
+}
+int64_t bwd_workspace_bytes(const VarlenAttnGeometry& g) {
+  return with_tiles(
+      g, [&](auto t) { return Backward<typename decltype(t)::type>::workspace_bytes(g); });
+}
+void fwd(const VarlenAttnFwdParams& p, const Pool& pool) {
+  with_tiles(p.g, [&](auto t) { run_tasks<Forward<typename decltype(t)::type>>(p, pool); });
+}
+void bwd(const VarlenAttnBwdParams& p, const Pool& pool) {
+  with_tiles(p.g, [&](auto t) { run_tasks<Backward<typename decltype(t)::type>>(p, pool); });
+}
+
+}  // namespace
+
+extern const VarlenAttnKernels kVarlenAttn = {fwd_workspace_bytes, fwd, bwd_workspace_bytes, bwd};
+
+}  // namespace encfast::ENCFAST_ISA

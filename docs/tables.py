@@ -1,0 +1,91 @@
+"""Writes the generated tables of README.md: models, ops, environment variables.
+
+python docs/tables.py            rewrites README.md in place
+python docs/tables.py --check    exits 1 if README.md is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import encfast
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def model_table() -> str:
+    """One row per system, its published sizes behind it."""
+    rows = ["| system | paper | tasks | variants (parameters) |", "|---|---|---|---|"]
+    systems: dict[str, list[str]] = {}
+    for name in encfast.list_models():
+        systems.setdefault(name.split("/")[0], []).append(name)
+    for system, names in systems.items():
+        described = sorted((encfast.describe(n) for n in names), key=lambda d: d.parameters)
+        info = described[0].info
+        sizes = ", ".join(f"`{d.name.split('/')[1]}` {_count(d.parameters)}" for d in described)
+        tasks = ", ".join(info.tasks)
+        rows.append(
+            f"| `{system}` | {info.title} ({info.paper}, {info.year}) | {tasks} | {sizes} |"
+        )
+    return "\n".join(rows)
+
+
+def op_table() -> str:
+    """One row per op: what it is, and which files hold which of its rooms."""
+    rows = ["| op | what | CPU | CUDA |", "|---|---|---|---|"]
+    for stem in encfast.ops.OPS:
+        module = (ROOT / "encfast" / "ops" / f"{stem}.py").read_text()
+        what = " ".join(re.match(r'"""(.+?)(?:\n\n|""")', module, re.S)[1].split())  # type: ignore[index]
+        cpu = (
+            f"[C++](csrc/cpu/{stem}.cpp)"
+            if (ROOT / f"csrc/cpu/{stem}.cpp").exists()
+            else "reference"
+        )
+        cuda = (
+            f"[C++](csrc/cuda/{stem}.cu)"
+            if (ROOT / f"csrc/cuda/{stem}.cu").exists()
+            else "reference"
+        )
+        rows.append(f"| [`{stem}`](encfast/ops/{stem}.py) | {what} | {cpu} | {cuda} |")
+    return "\n".join(rows)
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {unit}"
+    return str(parameters)
+
+
+def rendered(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, table in (("models", model_table()), ("ops", op_table())):
+        begin, end = f"<!-- {name}:begin (docs/tables.py) -->", f"<!-- {name}:end -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"README.md lacks the markers {begin} ... {end}")
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether README.md is stale")
+    check = parser.parse_args().check
+    now = README.read_text()
+    fresh = rendered(now)
+    if check:
+        if fresh != now:
+            print("README.md is stale; run: python docs/tables.py")
+        return int(fresh != now)
+    README.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""BlockConfig: one frozen description of a transformer block; layers build themselves from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+NormPrecision = Literal["default", "fp32", "low"]
+Position = Literal["none", "alibi", "rope"]
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What distinguishes one transformer block from another.
+
+    Modules copy the floats they need in ``__init__``: a float read from a config shared by two
+    checkpointed blocks cannot be lifted by ``torch.compile(dynamic=True)``.
+    """
+
+    dim: int  # C: channels of the residual stream
+    num_heads: int  # H: query heads
+    ffn_dim: int  # hidden channels of the MLP; of each half if glu
+    num_kv_heads: int | None = None  # Hk: divides num_heads; None: num_heads
+    head_dim: int | None = None  # D in 1..256; None: dim / num_heads
+
+    norm_position: Literal["pre", "post"] = "pre"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True  # layernorm only
+    norm_precision: NormPrecision = "default"  # see layers.norm.Norm
+    first_norm: bool = (
+        True  # False: the pre-norm of attention is the identity (ModernBERT's layer 0)
+    )
+
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)  # keys left and right of the query, inclusive; -1: all
+    position: Position = "none"  # what attention itself knows of positions
+    rope_theta: float = 10_000.0  # base of the rotary frequencies, if position is "rope"
+    softcap: float | None = None
+
+    qkv_bias: bool = True
+    out_bias: bool = True
+    glu: bool = False  # act(a) * b with [a, b] from one matmul, a the first half
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+    up_bias: bool = True
+    down_bias: bool = True
+
+    attn_out_dropout: float = 0.0  # probability in [0, 1), on the attention branch
+    mlp_dropout: float = 0.0  # probability in [0, 1), on the MLP branch
+    mlp_hidden_dropout: float = 0.0  # probability in [0, 1), inside the MLP, before its last matmul
+
+    def __post_init__(self) -> None:
+        heads, kv_heads = self.num_heads, self.kv_heads
+        if self.dim < 1 or heads < 1 or self.ffn_dim < 1:
+            raise ValueError(
+                f"dim, num_heads and ffn_dim must be >= 1, got {self.dim}, {heads}, {self.ffn_dim}"
+            )
+        if self.head_dim is None and self.dim % heads:
+            raise ValueError(f"num_heads={heads} must divide dim={self.dim}, or head_dim be given")
+        if not 1 <= self.head_size <= 256:
+            raise ValueError(f"head_dim must be in 1..256, got {self.head_size}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} must divide num_heads={heads}")
+        if min(self.window) < -1:
+            raise ValueError(f"window bounds must be >= -1 (-1: unlimited), got {self.window}")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"position='rope' needs an even head_dim, got {self.head_size}")
+        for name in ("attn_out_dropout", "mlp_dropout", "mlp_hidden_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Hk, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """D, resolved."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+
+def replace_fields(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
+    """``dataclasses.replace`` whose error for an unknown field names the nearest one.
+
+    Raises:
+        TypeError: for a field the config does not have.
+    """
+    known = [f.name for f in dataclasses.fields(config) if f.init]  # type: ignore[arg-type]
+    for name in overrides:
+        if name not in known:
+            raise TypeError(
+                f"{type(config).__name__} has no field {name!r}; {nearest(name, known)}"
+            )
+    return dataclasses.replace(config, **overrides)  # type: ignore[type-var]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...?' for error messages, or the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"

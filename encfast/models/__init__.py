@@ -1,0 +1,1 @@
+"""One published system per file; see :mod:`encfast.registry`."""

@@ -1,0 +1,27 @@
+"""Named ops on tensors. Each module says what its op means, `backends` says who runs it."""
+
+import importlib
+
+from .pad import Unpadded, gather_rows, pad, scatter_rows, select_rows, unpad
+from .varlen_attn import varlen_attn
+
+OPS = ("varlen_attn", "pad")
+
+__all__ = [
+    "OPS",
+    "Unpadded",
+    "backends",
+    "gather_rows",
+    "pad",
+    "scatter_rows",
+    "select_rows",
+    "unpad",
+    "varlen_attn",
+]
+
+
+def backends(stem: str) -> dict[str, str]:
+    """Device type -> 'native', or 'reference: why', for one of `OPS`."""
+    if stem not in OPS:
+        raise ValueError(f"ops.backends: {stem!r} is not an op, expected one of {', '.join(OPS)}")
+    return importlib.import_module(f".{stem}", __name__).backends()

@@ -1,0 +1,9 @@
+"""References: the meaning of every op in plain PyTorch, differentiable, at any floating dtype.
+
+They import nothing from the rest of encfast, and serve as the fallback backend of `encfast.ops`.
+"""
+
+from .pad import gather_rows, scatter_rows
+from .varlen_attn import varlen_attn
+
+__all__ = ["gather_rows", "scatter_rows", "varlen_attn"]

@@ -1,0 +1,23 @@
+"""Every test starts from one seed, and memory nobody wrote holds NaN."""
+
+import os
+
+# No test may reach for a hub: what a test needs lies on disk or is made here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` hands out NaN (integers: their maximum), also to the native kernels."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,188 @@
+"""Malformed calls of varlen_attn: refused before any kernel, by argument name and value."""
+
+import pytest
+import torch
+from attn_cases import cu_seqlens
+
+from encfast import ops
+
+N, H, HK, D = 6, 4, 2, 8
+CU = cu_seqlens((2, 4))
+
+
+def good():
+    return {
+        "q": torch.randn(N, H, D),
+        "k": torch.randn(N, HK, D),
+        "v": torch.randn(N, HK, D),
+        "cu_seqlens_q": CU,
+    }
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# argument -> what is passed, the exception, and what the message must hold besides the argument.
+ERRORS = [
+    ({"q": [1.0]}, TypeError, "q is list"),
+    ({"q": torch.randn(N, H)}, ValueError, r"q has shape \(6, 4\)"),
+    ({"k": torch.randn(2, N, HK, D)}, ValueError, r"k has shape \(2, 6, 2, 8\)"),
+    ({"q": torch.randn(N, H, D).double()}, TypeError, "q is float64.*encfast.ref.varlen_attn"),
+    ({"v": torch.ones(N, HK, D).long()}, TypeError, "v is int64, expected float32 or bfloat16"),
+    ({"v": torch.randn(N, HK, D).to_sparse()}, TypeError, "v has layout torch.sparse_coo"),
+    ({"k": torch.randn(N, HK, D, device="meta")}, ValueError, "k is on meta, q is on cpu"),
+    ({"q": torch.randn(N, H, 0)}, ValueError, "q has head size 0, expected 1..256"),
+    ({"q": torch.randn(N, H, 257)}, ValueError, "q has head size 257"),
+    ({"k": torch.randn(N, HK, 9)}, ValueError, "k has head size 9, q has 8"),
+    ({"v": torch.randn(N, HK, 9)}, ValueError, r"v has shape \(6, 2, 9\)"),
+    ({"v": torch.randn(5, HK, D)}, ValueError, r"v has shape \(5, 2, 8\)"),
+    ({"q": torch.randn(N, 5, D)}, ValueError, "q has 5 heads and k has 2"),
+    ({"k": torch.randn(N, 0, D), "v": torch.randn(N, 0, D)}, ValueError, "k has 0"),
+    (
+        {"k": torch.randn(7, HK, D), "v": torch.randn(7, HK, D)},
+        ValueError,
+        "k has 7 rows.*cu_seqlens_k",
+    ),
+    ({"cu_seqlens_q": [0, 6]}, TypeError, "cu_seqlens_q is list"),
+    ({"cu_seqlens_q": CU.long()}, TypeError, "cu_seqlens_q is int64, expected int32"),
+    ({"cu_seqlens_q": CU[None]}, ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
+    ({"cu_seqlens_q": CU[:0]}, ValueError, "cu_seqlens_q is empty"),
+    ({"cu_seqlens_q": CU.to("meta")}, ValueError, "cu_seqlens_q is on meta"),
+    ({"cu_seqlens_q": ints(1, 2, 6)}, ValueError, "cu_seqlens_q starts at 1, expected 0"),
+    ({"cu_seqlens_q": ints(0, 4, 2, 6)}, ValueError, "cu_seqlens_q decreases from 4 to 2"),
+    ({"cu_seqlens_q": ints(0, 2, 7)}, ValueError, "cu_seqlens_q ends at 7, .* 6"),
+    ({"cu_seqlens_q": ints(0, 2, 5)}, ValueError, "cu_seqlens_q ends at 5, .* 6"),
+    ({"cu_seqlens_q": ints(0, 2**31 - 1, -(2**31), 6)}, ValueError, "cu_seqlens_q decreases from"),
+    ({"cu_seqlens_k": ints(0, 6)}, ValueError, "cu_seqlens_k has 2 entries, cu_seqlens_q has 3"),
+    ({"cu_seqlens_k": ints(0, 3, 5)}, ValueError, "cu_seqlens_k ends at 5"),
+    ({"max_seqlen_q": 3}, ValueError, "max_seqlen_q is 3, but sequence 1 of cu_seqlens_q has 4"),
+    ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q is -1"),
+    ({"max_seqlen_q": 4.0}, TypeError, "max_seqlen_q is float, expected an int"),
+    ({"max_seqlen_q": torch.tensor(4)}, TypeError, "max_seqlen_q is Tensor, expected an int"),
+    ({"cu_seqlens_k": CU, "max_seqlen_k": 1}, ValueError, "max_seqlen_k is 1, but sequence 1"),
+    ({"max_seqlen_k": 1}, ValueError, "max_seqlen_k is 1, but sequence 1"),
+    ({"scale": float("nan")}, ValueError, "scale is nan"),
+    ({"scale": "big"}, TypeError, "scale is str"),
+    ({"causal": 1.5}, TypeError, "causal is float"),
+    ({"window": (-2, 0)}, ValueError, r"window is \(-2, 0\), expected bounds >= -1"),
+    ({"window": 5}, TypeError, "window is 5"),
+    ({"window": (1.0, 2)}, TypeError, r"window is \(1.0, 2\)"),
+    ({"window": (1, 2, 3)}, TypeError, r"window is \(1, 2, 3\)"),
+    ({"alibi_slopes": [1.0]}, TypeError, "alibi_slopes is list"),
+    ({"alibi_slopes": torch.ones(H).bfloat16()}, TypeError, "alibi_slopes is bfloat16"),
+    ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes has shape \(3,\).*\(2, 4\)"),
+    ({"alibi_slopes": torch.ones(3, H)}, ValueError, r"alibi_slopes has shape \(3, 4\)"),
+    ({"alibi_slopes": torch.ones(())}, ValueError, r"alibi_slopes has shape \(\)"),
+    ({"alibi_slopes": torch.tensor([1, 1, torch.inf, 1])}, ValueError, "alibi_slopes holds inf"),
+    ({"alibi_slopes": torch.ones(H).requires_grad_()}, ValueError, "alibi_slopes.detach"),
+    ({"softcap": 0.0}, ValueError, "softcap is 0.0, expected a number > 0"),
+    ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected 0 <= dropout_p < 1"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p is 0.1; .* not served yet"),
+    ({"rel_bias": torch.randn(H, 5)}, NotImplementedError, "rel_bias is not served yet"),
+    ({"bias": torch.randn(5)}, NotImplementedError, "bias is not served yet"),
+    ({"bias_offsets": CU}, NotImplementedError, "bias_offsets is not served yet"),
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("bad", "kind", "message"), ERRORS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_errors_name_argument_and_value(bad, kind, message):
+    with pytest.raises(kind, match=message):
+        ops.varlen_attn(**{**good(), **bad})
+
+
+@pytest.mark.quick
+def test_the_good_call_is_good():
+    ops.varlen_attn(**good(), max_seqlen_q=4, max_seqlen_k=9, window=[0, 3], dropout_p=0.0, scale=1)
+
+
+# Direct calls skip the Python checks; the kernel's own must hold.
+DIRECT = [
+    ({"q": torch.randn(N, H)}, "q"),
+    ({"q": torch.randn(N, H, 300)}, "q has head size 300"),
+    ({"q": torch.randn(N, H, D).double()}, "q"),
+    ({"k": torch.randn(N, HK, 9)}, "k"),
+    ({"k": torch.randn(N, 3, D), "v": torch.randn(N, 3, D)}, "heads"),
+    ({"v": torch.randn(5, HK, D)}, "v has shape"),
+    ({"cu_seqlens_q": CU.long()}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": CU[:0]}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": CU[None]}, "cu_seqlens_q"),
+    ({"cu_seqlens_q": ints(1, 6)}, "cu_seqlens_q starts at 1"),
+    ({"cu_seqlens_q": ints(0, 5, 3, 6)}, "cu_seqlens_q decreases from 5 to 3"),
+    ({"cu_seqlens_q": ints(0, 7)}, "cu_seqlens_q ends at 7"),
+    ({"cu_seqlens_q": ints(0)}, "cu_seqlens_q ends at 0"),
+    ({"cu_seqlens_k": ints(0, 2, 2**30)}, "cu_seqlens_k ends at"),
+    ({"cu_seqlens_k": ints(0, 6)}, "cu_seqlens_k has 2"),
+    ({"max_seqlen_q": 3}, "max_seqlen"),
+    ({"window": [-2, 0]}, "window"),
+    ({"softcap": -1.0}, "softcap"),
+    ({"scale": float("inf")}, "scale"),
+    ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
+    ({"alibi_slopes": torch.ones(H).double()}, "alibi_slopes"),
+    ({"rel_bias": torch.ones(3)}, "rel_bias"),
+    ({"dropout_p": 0.5}, "dropout_p"),
+]
+DEFAULTS = {
+    "cu_seqlens_k": None,
+    "max_seqlen_q": None,
+    "max_seqlen_k": None,
+    "scale": None,
+    "causal": False,
+    "window": [-1, -1],
+    "alibi_slopes": None,
+    "rel_bias": None,
+    "bias": None,
+    "bias_offsets": None,
+    "softcap": None,
+    "dropout_p": None,
+    "rng": None,
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("bad", "message"), DIRECT, ids=lambda x: x if isinstance(x, str) else "")
+def test_direct_calls_are_checked_by_the_kernel(bad, message):
+    if ops.backends("varlen_attn")["cpu"] != "native":
+        pytest.skip("no compiled library: the reference cannot read out of bounds")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.encfast.varlen_attn(**{**good(), **DEFAULTS, **bad})
+
+
+BWD = {
+    "lse": torch.zeros(H, N + 1),
+    "dlse": torch.zeros(H - 1, N),
+    "out": torch.zeros(N, H, D + 1),
+    "dout": torch.zeros(N - 1, H, D),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", BWD)
+def test_direct_calls_of_the_backward_are_checked_by_the_kernel(name):
+    if ops.backends("varlen_attn")["cpu"] != "native":
+        pytest.skip("no compiled library: the reference cannot read out of bounds")
+    args = {**good(), **DEFAULTS, "dlse": None, "dout": torch.zeros(N, H, D)}
+    args |= {"out": torch.zeros(N, H, D), "lse": torch.zeros(H, N), name: BWD[name]}
+    for forward_only in ("rel_bias", "bias", "bias_offsets", "dropout_p", "rng"):
+        del args[forward_only]
+    with pytest.raises(RuntimeError, match=f"{name} has shape"):
+        torch.ops.encfast.varlen_attn_bwd(**args)
+
+
+@pytest.mark.quick
+def test_values_on_other_devices_are_checked_on_request(monkeypatch):
+    """Reading values from a GPU waits for it: only ENCFAST_CHECK=1 does that."""
+    from encfast.ops._checks import can_read_values
+
+    class OnGpu(torch.Tensor):
+        pass
+
+    assert can_read_values(CU) and not can_read_values(CU.to("meta"))
+    assert not can_read_values(CU.as_subclass(OnGpu))
+    monkeypatch.setenv("ENCFAST_CHECK", "1")
+    assert not can_read_values(CU.to("meta"))

@@ -1,0 +1,361 @@
+"""What every op promises to PyTorch: opcheck, compile, export, checkpointing, honest backends."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from encfast import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+ATTN, ATTN_BWD = torch.ops.encfast.varlen_attn.default, torch.ops.encfast.varlen_attn_bwd.default
+
+
+def cu_seqlens(*lens):
+    return torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+
+
+def attn_args(q, k, v, cu_q, cu_k=None, max_q=None, max_k=None, **options):
+    """The full argument list of encfast::varlen_attn."""
+    options = {
+        "scale": None,
+        "causal": False,
+        "window": (-1, -1),
+        "alibi_slopes": None,
+        "rel_bias": None,
+        "bias": None,
+        "bias_offsets": None,
+        "softcap": None,
+        "dropout_p": None,
+        "rng": None,
+        **options,
+    }
+    return (q, k, v, cu_q, cu_k, max_q, max_k, *options.values())
+
+
+def contiguous(n, heads, size, dtypes):
+    return [torch.randn(n, heads, size).to(d) for d in dtypes]
+
+
+def transposed(n, heads, size, dtypes):
+    return [torch.randn(heads, n, size).to(d).transpose(0, 1) for d in dtypes]
+
+
+def expanded(n, heads, size, dtypes):
+    return [torch.randn(1, heads, size).to(d).expand(n, -1, -1) for d in dtypes]
+
+
+def fused(n, heads, size, dtypes):
+    return list(torch.randn(n, 3, heads, size).to(dtypes[0]).unbind(1))
+
+
+ATTN_CASES = {
+    "float32-contiguous": (contiguous, (1, 5, 0, 3), FP32),
+    "bfloat16-contiguous": (contiguous, (1, 5, 0, 3), BF16),
+    "float16-contiguous": (contiguous, (1, 5, 0, 3), FP16),
+    "float32-transposed": (transposed, (1, 5, 0, 3), FP32),
+    "bfloat16-expanded": (expanded, (1, 5, 0, 3), BF16),
+    "float32-fused": (fused, (1, 5, 0, 3), FP32),
+    "bfloat16-bfloat16-float32": (contiguous, (1, 5, 0, 3), (BF16, BF16, FP32)),
+    "float32-bfloat16-bfloat16": (transposed, (1, 5, 0, 3), (FP32, BF16, BF16)),
+    "float16-bfloat16-float16": (contiguous, (1, 5, 0, 3), (FP16, BF16, FP16)),
+    "float32-N0": (contiguous, (0, 0), FP32),
+    "bfloat16-B0": (contiguous, (), BF16),
+}
+
+
+def make_attn(make, lens, dtypes, heads=2, size=9):
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 3
+    return make(sum(lens), heads, size, dtypes), cu_seqlens(*lens)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", ATTN_CASES)
+def test_opcheck_varlen_attn(case):
+    qkv, cu = make_attn(*ATTN_CASES[case])
+    leaves = [x.requires_grad_() for x in qkv]
+    torch.library.opcheck(ATTN, attn_args(*leaves, cu))
+
+
+@pytest.mark.parametrize("case", ATTN_CASES)
+def test_opcheck_varlen_attn_bwd(case):
+    qkv, cu = make_attn(*ATTN_CASES[case])
+    out, lse = ATTN(*attn_args(*qkv, cu))
+    rule = (None, None, None, None, False, [-1, -1], None, None)
+    torch.library.opcheck(ATTN_BWD, (torch.randn_like(out), None, *qkv, out, lse, cu, *rule))
+    torch.library.opcheck(
+        ATTN_BWD, (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, cu, *rule)
+    )
+
+
+def test_opcheck_varlen_attn_with_every_option():
+    q, k, v = torch.randn(9, 4, 8), torch.randn(11, 2, 8), torch.randn(11, 2, 8)
+    args = attn_args(
+        *(x.requires_grad_() for x in (q, k, v)),
+        cu_seqlens(1, 5, 0, 3),
+        cu_seqlens(4, 0, 2, 5),
+        5,
+        5,
+        scale=0.3,
+        causal=True,
+        window=(2, 1),
+        alibi_slopes=torch.rand(4, 4),
+        softcap=3.0,
+    )
+    torch.library.opcheck(ATTN, args)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty", "D1"])
+def test_opcheck_pad(dtype, layout):
+    shape = {"empty": (0, 3), "D1": (1, 1)}.get(layout, (6, 4))
+    x = torch.randn(shape, dtype=dtype)
+    if layout == "transposed":
+        x = x.mT.contiguous().mT
+    if layout == "expanded":
+        x = x[:1].expand_as(x)
+    n = shape[0]
+    index = torch.arange(n).flip(0)
+    torch.library.opcheck(
+        torch.ops.encfast.gather_rows.default, (x.detach().requires_grad_(), index)
+    )
+    torch.library.opcheck(
+        torch.ops.encfast.scatter_rows.default, (x.detach().requires_grad_(), index, n + 2)
+    )
+
+
+class Graphs:
+    """A torch.compile backend that counts the graphs it is given."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, module, example_inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.count += 1
+        return aot_eager(module, example_inputs)
+
+
+SIX_RAGGED = [(3, 0, 9), (1, 17, 0, 5), (0, 2, 2), (30, 4, 0, 0, 1), (8, 0, 8), (2, 0, 40, 7, 3, 3)]
+
+
+@pytest.fixture
+def graphs():
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_varlen_attn_compiles_once_for_ragged_shapes(graphs, checkpointed):
+    """max_seqlen is a SymInt: as an int argument it made one graph per batch."""
+    weight, slopes = torch.randn(16, 48), torch.rand(2)
+
+    def block(x, cu, max_seqlen):
+        q, k, v = (x @ weight).view(-1, 3, 2, 8).unbind(1)
+        out = ops.varlen_attn(
+            q, k, v, cu, max_seqlen_q=max_seqlen, window=(4, -1), alibi_slopes=slopes
+        )
+        return x + out.flatten(1)
+
+    def step(x, cu, max_seqlen):
+        for _ in range(2):
+            if checkpointed:
+                x = checkpoint(block, x, cu, max_seqlen, use_reentrant=False)
+            else:
+                x = block(x, cu, max_seqlen)
+        return x
+
+    compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=True)
+    for lens in SIX_RAGGED:
+        x, cu = torch.randn(sum(lens), 16), cu_seqlens(*lens)
+        results = []
+        for f in (compiled, step):
+            leaf = x.clone().requires_grad_()
+            out = f(leaf, cu, max(lens))
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert graphs.count <= 2
+
+
+@pytest.mark.quick
+def test_pad_compiles_once_for_ragged_shapes(graphs):
+    def step(x, rows, n):
+        y = ops.scatter_rows(ops.select_rows(x, rows), rows, n)
+        return ops.pad(y, torch.arange(n), 2, n, fill=1.0)
+
+    compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=True)
+    for lens in SIX_RAGGED:
+        x = torch.randn(sum(lens), 3, requires_grad=True)
+        rows = torch.randperm(sum(lens))[: max(lens)]
+        torch.testing.assert_close(compiled(x, rows, sum(lens)), step(x, rows, sum(lens)))
+    assert graphs.count <= 2
+
+
+def test_varlen_attn_under_inductor(graphs):
+    def f(qkv, cu):
+        return ops.varlen_attn(*qkv.unbind(1), cu, return_lse=True)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for lens in SIX_RAGGED[:2]:
+        qkv = torch.randn(sum(lens), 3, 2, 8)
+        cu = cu_seqlens(*lens)
+        for got, want in zip(compiled(qkv, cu), f(qkv, cu), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.quick
+def test_compiled_code_never_reads_out_of_bounds(graphs):
+    """A graph skips the Python checks of values; the kernel must not."""
+    compiled = torch.compile(
+        lambda q, cu: ops.varlen_attn(q, q, q, cu), backend=graphs, fullgraph=True, dynamic=True
+    )
+    q = torch.randn(6, 2, 8)
+    assert torch.equal(compiled(q, cu_seqlens(2, 4)), ops.varlen_attn(q, q, q, cu_seqlens(2, 4)))
+    for bad in ([0, 2, 600], [0, -4, 6], [1, 2, 6], [0, 9, 6]):
+        with pytest.raises((RuntimeError, ValueError), match="cu_seqlens_q"):
+            compiled(q, torch.tensor(bad, dtype=torch.int32))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    cu = cu_seqlens(3, 0, 6)
+
+    def block(x):
+        q, k, v = x.view(9, 3, 2, 4).unbind(1)
+        return ops.varlen_attn(q, k, v, cu).flatten(1).repeat(1, 3)
+
+    x = torch.randn(9, 24, requires_grad=True)
+    (want,) = torch.autograd.grad(block(x).sin().sum(), x)
+    checkpoint(block, x, use_reentrant=reentrant).sin().sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, qkv, cu):
+        out = ops.varlen_attn(*qkv.unbind(1), cu, window=(3, 3))
+        return ops.select_rows(out.flatten(1), cu[:-1].long())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    rows, batch = torch.export.Dim("rows", min=2), torch.export.Dim("batch", min=3)
+    program = torch.export.export(
+        Attention(),
+        (torch.randn(9, 3, 2, 8), cu_seqlens(3, 1, 5)),
+        dynamic_shapes=({0: rows}, {0: batch}),
+        strict=strict,
+    )
+    args = (torch.randn(20, 3, 2, 8), cu_seqlens(10, 1, 7, 2))
+    assert torch.equal(program.module()(*args), Attention()(*args))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("op", ["varlen_attn", "gather_rows", "scatter_rows"])
+def test_meta_tensors_give_shapes(op):
+    x = torch.empty(7, 2, 8, device="meta", dtype=BF16)
+    if op == "varlen_attn":
+        cu = torch.empty(3, device="meta", dtype=torch.int32)
+        out, lse = ops.varlen_attn(x, x, x, cu, return_lse=True)
+        assert out.shape == x.shape and out.dtype == BF16
+        assert lse.shape == (2, 7) and lse.dtype == FP32
+    else:
+        index = torch.empty(7, device="meta", dtype=torch.int64)
+        got = ops.gather_rows(x, index) if op == "gather_rows" else ops.scatter_rows(x, index, 9)
+        assert got.shape == (7 if op == "gather_rows" else 9, 2, 8) and got.dtype == BF16
+
+
+@pytest.mark.quick
+def test_no_device_sync_on_a_gpu():
+    """Fake CUDA tensors have no values: whatever reads one raises."""
+    with FakeTensorMode():
+        q = torch.empty(7, 2, 8, device="cuda", dtype=BF16)
+        cu = torch.empty(3, device="cuda", dtype=torch.int32)
+        rows = torch.empty(4, device="cuda", dtype=torch.int64)
+        slopes = torch.empty(2, device="cuda")
+        out = ops.varlen_attn(q, q, q, cu, max_seqlen_q=7, alibi_slopes=slopes)
+        assert out.shape == q.shape and out.device.type == "cuda"
+        assert ops.select_rows(q, rows).shape == (4, 2, 8)
+        assert ops.scatter_rows(ops.select_rows(q, rows), rows, 9).shape == (9, 2, 8)
+        with pytest.raises(ValueError, match="max_seqlen_q is None; pass it as an int"):
+            ops.varlen_attn(q, q, q, cu)
+        with pytest.raises(ValueError, match="max_seqlen_k is None"):
+            ops.varlen_attn(q, q, q, cu, cu_seqlens_k=cu, max_seqlen_q=7)
+
+
+@pytest.mark.quick
+def test_every_op_has_its_files_and_answers_for_its_backends():
+    for stem in ops.OPS:
+        module = importlib.import_module(f"encfast.ops.{stem}")
+        assert set(ops.backends(stem)) == {"cpu", "cuda"}
+        for text in ops.backends(stem).values():
+            assert text == "native" or text.startswith("reference")
+        assert module.__doc__ and hasattr(ops, stem)
+        for path in ("encfast/ref/{}.py", "csrc/cpu/{}.cpp", "csrc/bind/{}.cpp"):
+            assert (ROOT / path.format(stem)).is_file(), path
+    with pytest.raises(ValueError, match="'attn' is not an op"):
+        ops.backends("attn")
+
+
+@pytest.mark.quick
+def test_references_import_nothing_of_encfast():
+    for path in (ROOT / "encfast/ref").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                inside = node.level == 1 and path.name == "__init__.py"
+                assert inside or node.module == "torch", f"{path.name}: {node.module}"
+            if isinstance(node, ast.Import):
+                assert all(n.name.split(".")[0] == "torch" for n in node.names), path.name
+
+
+WITHOUT_LIBRARY = """
+import sys, warnings, torch
+torch.ops.load_library = lambda path: (_ for _ in ()).throw(OSError("no library today"))
+warnings.simplefilter("ignore")
+from encfast import ops
+assert ops.backends("varlen_attn")["cpu"].startswith("reference"), ops.backends("varlen_attn")
+q = torch.randn(5, 2, 4, requires_grad=True)
+cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ops.varlen_attn(q, q, q, cu).sum().backward()
+        ops.select_rows(q, torch.tensor([0, 0]))
+said = [str(w.message) for w in caught if "no native kernel" in str(w.message)]
+assert len(said) == 2 and "varlen_attn" in said[0] and "ops.pad" in said[1], said
+for bad in ([0, 9, 5], [0, 2, 6]):
+    try:
+        torch.ops.encfast.varlen_attn(
+            q, q, q, torch.tensor(bad, dtype=torch.int32), None, None, None, None, False, [-1, -1],
+            None, None, None, None, None, None, None)
+    except ValueError as e:
+        assert "cu_seqlens_q" in str(e)
+    else:
+        raise AssertionError(bad)
+import os
+os.environ["ENCFAST_REQUIRE_NATIVE"] = "1"
+try:
+    ops.varlen_attn(q, q, q, cu)
+except RuntimeError as e:
+    assert "ENCFAST_REQUIRE_NATIVE" in str(e)
+else:
+    raise AssertionError("the reference served under ENCFAST_REQUIRE_NATIVE=1")
+"""
+
+
+@pytest.mark.quick
+def test_reference_serves_without_the_library_and_says_so_once():
+    subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], check=True, cwd=ROOT)
