@@ -1,0 +1,36 @@
+"""Thin modules over :mod:`encfast.ops`, shared by the models.
+
+Layers take :class:`~encfast.packed.PackedBatch`; where only rows matter (norms, MLPs, heads) they
+take row tensors ``[N, C]``. Projections stay ``nn.Linear`` children, so that LoRA, FSDP and weight
+maps of other libraries find them.
+"""
+
+from encfast.layers.attention import Attention, alibi_slopes
+from encfast.layers.block import Block, Stack
+from encfast.layers.cache import KVCache
+from encfast.layers.dropout import Dropout
+from encfast.layers.embed import Embeddings
+from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
+from encfast.layers.mlp import MLP, activation
+from encfast.layers.norm import Norm
+from encfast.layers.pool import pool
+from encfast.layers.rotary import Rotary, apply_rotary
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "ClassificationHead",
+    "Dropout",
+    "Embeddings",
+    "KVCache",
+    "MaskedLMHead",
+    "Norm",
+    "Rotary",
+    "SpanHead",
+    "Stack",
+    "activation",
+    "alibi_slopes",
+    "apply_rotary",
+    "pool",
+]

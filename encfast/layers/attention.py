@@ -1,0 +1,115 @@
+"""Multi-head self-attention over a packed batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encfast import ops
+from encfast.config import BlockConfig
+from encfast.layers.cache import KVCache
+from encfast.layers.rotary import apply_rotary
+from encfast.packed import PackedBatch
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """fp32 ``[H]``: ALiBi's slope per head (Press et al. 2022, arXiv 2108.12409, section 3).
+
+    A power of two H takes the geometric sequence 2^(-8(k+1)/H); any other H takes that of the
+    largest power of two c below it, then every second slope of the sequence for 2c.
+    """
+    c = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (k + 1) / c) for k in range(c)]
+    between = [2.0 ** (-8.0 * (k + 1) / (2 * c)) for k in range(0, 2 * c, 2)]
+    return torch.tensor((slopes + between)[:num_heads], dtype=torch.float32)
+
+
+class Attention(nn.Module):
+    """Projections around :func:`encfast.ops.varlen_attn`; biases and window as the config says.
+
+    ``qkv`` is one matmul; its rows are [q heads, k heads, v heads], D each.
+
+    Args:
+        config: uses dim, num_heads, num_kv_heads, head_dim, causal, window, position, softcap and
+            the biases.
+    """
+
+    slopes: Tensor | None
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.head_dim = config.head_size
+        self.causal, self.window, self.softcap = config.causal, config.window, config.softcap
+        rows = (self.num_heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.dim, rows, bias=config.qkv_bias, **factory)
+        self.out = nn.Linear(
+            self.num_heads * self.head_dim, config.dim, bias=config.out_bias, **factory
+        )
+        slopes = None
+        if config.position == "alibi":
+            slopes = torch.empty(self.num_heads, dtype=torch.float32, device=device)
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Refills the slopes (the projections reset themselves)."""
+        if self.slopes is not None and not self.slopes.is_meta:
+            with torch.no_grad():
+                self.slopes.copy_(alibi_slopes(self.num_heads))
+
+    def heads(
+        self,
+        batch: PackedBatch,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """``[N, H * D]``: what the heads read, before the output projection.
+
+        Args:
+            batch: rows ``[N, C]``.
+            rope: cos and sin ``[N, D]`` to rotate q and k with.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+        """
+        qkv = self.qkv(batch.data).unflatten(-1, (-1, self.head_dim))  # [N, H + 2 Hk, D]
+        q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
+        if rope is not None:
+            q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
+        cu_seqlens_k, max_seqlen_k = batch.cu_seqlens, batch.max_seqlen
+        if cache is not None:
+            keys, values = cache.append(k, v, batch)
+            k, v = keys.data, values.data
+            cu_seqlens_k, max_seqlen_k = keys.cu_seqlens, keys.max_seqlen
+        out = ops.varlen_attn(
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_k=max_seqlen_k,
+            causal=self.causal,
+            window=self.window,
+            alibi_slopes=None if self.slopes is None else self.slopes.float(),
+            softcap=self.softcap,
+        )  # [N, H, D]
+        return out.flatten(1)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Rows ``[N, C]`` of ``batch`` -> ``[N, C]``."""
+        return self.out(self.heads(batch, rope, cache))

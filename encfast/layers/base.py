@@ -1,0 +1,81 @@
+"""What every model offers to a trainer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from encfast.layers.block import Stack
+
+
+class Model(nn.Module):
+    """Base of the models: checkpointing switches, input embeddings, deferred initialisation.
+
+    A subclass sets ``config``, implements ``reset_parameters`` (every parameter and buffer, so that
+    a model built on ``meta`` works after ``to_empty``) and ``example_batch(generator)``.
+    """
+
+    # Read by accelerate and FSDP wrapping policies: never split a block over devices.
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    config: Any
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Recomputes each block's activations in the backward instead of keeping them."""
+        self._set_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self._set_checkpointing(False)
+
+    def _set_checkpointing(self, on: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.gradient_checkpointing = on
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        raise NotImplementedError(f"{type(self).__name__} does not define reset_parameters")
+
+    def tie_weights(self) -> None:
+        """Makes one parameter of those that are shared; nothing to do where none are."""
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Model:
+        """``nn.Module.to_empty``, which splits shared parameters, and shares them again."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie_weights()
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def init_normal(module: nn.Module, std: float) -> None:
+    """BERT's initialisation: Linear and Embedding weights from N(0, std), biases 0.
+
+    Modules other than Linear and Embedding that hold parameters or buffers reset themselves. A
+    shared weight is drawn once.
+    """
+    drawn: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Embedding)):
+            if id(child.weight) not in drawn:
+                nn.init.normal_(child.weight, std=std)
+                _zero_row(child.weight, getattr(child, "padding_idx", None))
+            drawn.add(id(child.weight))
+            if getattr(child, "bias", None) is not None:
+                nn.init.zeros_(child.bias)
+        elif (
+            child is not module
+            and not isinstance(child, Model)
+            and hasattr(child, "reset_parameters")
+        ):
+            child.reset_parameters()
+
+
+def _zero_row(weight: Tensor, row: int | None) -> None:
+    if row is not None:
+        with torch.no_grad():
+            weight[row].zero_()

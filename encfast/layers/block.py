@@ -1,0 +1,187 @@
+"""Block: attention and MLP around a residual stream. Stack: blocks in order, with checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from encfast import ops
+from encfast.config import BlockConfig
+from encfast.layers.attention import Attention
+from encfast.layers.cache import KVCache
+from encfast.layers.dropout import Dropout
+from encfast.layers.mlp import MLP
+from encfast.layers.norm import Norm
+from encfast.layers.rotary import Rotary
+from encfast.packed import PackedBatch
+
+
+class Block(nn.Module):
+    """One transformer block.
+
+    - post: ``x = norm1(x + attn(x)); x = norm2(x + mlp(x))`` (BERT, GPT-1);
+    - pre: ``x = x + attn(norm1(x)); x = x + mlp(norm2(x))`` (GPT-2, ModernBERT).
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.post = config.norm_position == "post"
+        self.attn = Attention(config, **factory)
+        self.mlp = MLP(config, **factory)
+        self.norm1 = _norm(config, **factory) if config.first_norm else nn.Identity()
+        self.norm2 = _norm(config, **factory)
+        self.attn_drop = Dropout(config.attn_out_dropout)
+        self.mlp_drop = Dropout(config.mlp_dropout)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> PackedBatch:
+        """Rows ``[N, C]`` -> rows ``[N, C]``."""
+        return batch.with_data(self.forward_rows(batch, None, rope, cache))
+
+    def forward_rows(
+        self,
+        batch: PackedBatch,
+        rows: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Only the rows asked for: every row is a key, but Wo, norms and MLP run on ``rows`` alone.
+
+        Args:
+            batch: rows ``[N, C]``.
+            rows: int64 ``[M]`` in [-1, N), -1 being a row of zeros; None: all.
+
+        Returns:
+            ``[M, C]``.
+        """
+        x = batch.data
+        seen = batch if self.post else batch.with_data(self.norm1(x))
+        heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
+        if rows is not None:
+            x, heads = ops.gather_rows(x, rows), ops.gather_rows(heads, rows)
+        x = x + self.attn_drop(self.attn.out(heads))
+        if self.post:
+            x = self.norm1(x)
+            return self.norm2(x + self.mlp_drop(self.mlp(x)))
+        return x + self.mlp_drop(self.mlp(self.norm2(x)))
+
+
+def _norm(config: BlockConfig, **factory: Any) -> Norm:
+    return Norm(
+        config.dim,
+        kind=config.norm,
+        eps=config.norm_eps,
+        bias=config.norm_bias,
+        precision=config.norm_precision,
+        **factory,
+    )
+
+
+class Stack(nn.Module):
+    """Blocks in order; computes each rotary table once and checkpoints activations on request.
+
+    Args:
+        configs: one per block; they may differ in window, rope_theta, first_norm.
+        share: use one set of weights for all blocks (ALBERT); the configs must then be equal.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[BlockConfig],
+        *,
+        share: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if share and any(c != configs[0] for c in configs):
+            raise ValueError("share=True needs equal block configs")
+        self.depth = len(configs)
+        self.gradient_checkpointing = False
+        unique = configs[:1] if share else configs
+        self.blocks = nn.ModuleList(Block(c, device=device, dtype=dtype) for c in unique)
+        # One table per distinct base; blocks refer to theirs by position in this list.
+        thetas = [c.rope_theta if c.position == "rope" else None for c in configs]
+        distinct = list(dict.fromkeys(t for t in thetas if t is not None))
+        self.rotaries = nn.ModuleList(
+            Rotary(configs[0].head_size, theta, device=device) for theta in distinct
+        )
+        self.rotary_of = [None if t is None else distinct.index(t) for t in thetas]
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        rows: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> PackedBatch | Tensor:
+        """Runs all blocks.
+
+        Args:
+            batch: rows ``[N, C]``.
+            rows: int64 ``[M]`` in [-1, N): compute only these rows of the last block; -1 (say, the
+                first row of an empty sequence) stands for a row of zeros.
+            caches: one per block, for decoding.
+
+        Returns:
+            The batch with new rows, or with ``rows`` given a plain ``[M, C]``.
+        """
+        tables = self._rope_tables(batch, caches)
+        for i in range(self.depth):
+            block = self.blocks[i % len(self.blocks)]
+            which = self.rotary_of[i]
+            rope = None if which is None else tables[which]
+            cache = None if caches is None else caches[i]
+            last = rows if i == self.depth - 1 else None
+            if self.gradient_checkpointing and self.training and cache is None:
+                x = _checkpointed(block, batch, last, rope)
+            else:
+                x = block.forward_rows(batch, last, rope, cache)
+            if last is not None:
+                return x
+            batch = batch.with_data(x)
+        return batch if rows is None else ops.gather_rows(batch.data, rows)
+
+    def _rope_tables(
+        self, batch: PackedBatch, caches: Sequence[KVCache] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not len(self.rotaries):
+            return []
+        positions = batch.positions() if caches is None else caches[0].positions(batch)
+        return [rotary(positions, batch.data.dtype) for rotary in self.rotaries]
+
+    def new_caches(self) -> list[KVCache]:
+        """One empty cache per block, bounded where the block's left window is."""
+        caches = []
+        for i in range(self.depth):
+            left = self.blocks[i % len(self.blocks)].attn.window[0]
+            caches.append(KVCache(None if left < 0 else left))
+        return caches
+
+
+def _checkpointed(
+    block: Block,
+    batch: PackedBatch,
+    rows: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    # Plain tensors in and out: the compiled form of checkpoint takes nothing else.
+    def run(data: Tensor) -> Tensor:
+        return block.forward_rows(batch.with_data(data), rows, rope)
+
+    return checkpoint(run, batch.data, use_reentrant=False)

@@ -1,0 +1,61 @@
+"""Rotary position embedding in the half (non-interleaved) layout: Su et al., arXiv 2104.09864."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """Tables cos and sin of the rotation angles ``position * theta^(-2i/D)``.
+
+    The angles are computed in fp32 whatever dtype the model has: at position 8000 bf16 could not
+    tell neighbours apart.
+
+    Args:
+        head_dim: D, even.
+        theta: base of the frequencies.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(
+        self, head_dim: int, theta: float, *, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+        self.head_dim, self.theta = head_dim, theta
+        empty = torch.empty(head_dim // 2, dtype=torch.float32, device=device)
+        self.register_buffer("inv_freq", empty, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills ``inv_freq``, fp32 ``[D / 2]``."""
+        if self.inv_freq.is_meta:
+            return
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        with torch.no_grad():
+            self.inv_freq.copy_(1.0 / self.theta**exponent)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[N, D]`` in ``dtype`` for integer ``positions`` ``[N]``."""
+        angles = positions.float()[:, None] * self.inv_freq.float()[None, :]  # [N, D / 2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"head_dim={self.head_dim}, theta={self.theta:g}"
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs ``(x[i], x[i + D/2])``.
+
+    Args:
+        x: ``[N, H, D]``.
+        cos, sin: ``[N, D]`` from :class:`Rotary`.
+    """
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + rotated * sin[:, None]

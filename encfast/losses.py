@@ -1,0 +1,145 @@
+"""Small losses on packed rows, shared by the models.
+
+Every loss is a mean over what there is to predict and 0, still attached to the graph, where there
+is nothing. Logits are read in fp32 (fp64 stays fp64). Zero-length sequences predict nothing.
+All functions trace under ``torch.compile(fullgraph=True)`` except :func:`masked_lm_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encfast import ops
+from encfast.packed import PackedBatch
+
+IGNORE = -100  # torch's and transformers' label for "predict nothing here"
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy over the rows whose target is not -100; 0 if there is none.
+
+    Args:
+        logits: ``[M, V]``.
+        targets: int64 ``[M]`` in [0, V), or -100.
+    """
+    total = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def masked_lm_rows(labels: Tensor) -> Tensor:
+    """int64 ``[M]``: the rows of ``labels`` ``[N]`` other than -100. For the border: M is data."""
+    return (labels != IGNORE).nonzero().flatten()
+
+
+def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of the masked rows alone.
+
+    Args:
+        logits: ``[M, V]`` of the masked rows.
+        targets: int64 ``[M]``: what stood there.
+    """
+    return cross_entropy(logits, targets)
+
+
+def next_tokens(tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
+    """int64 ``[N]``: the token after each row, -100 at the last row of a sequence.
+
+    Args:
+        tokens: ids ``[N]``.
+        labels: ``[N]``, ids or -100, to be predicted instead of the ids themselves.
+    """
+    ahead = F.pad(tokens.data if labels is None else labels, (0, 1))[1:].long()
+    ends = tokens.cu_seqlens[1:].long()[tokens.segment_ids()]  # [N]
+    last = torch.arange(1, tokens.total + 1, device=tokens.device) == ends
+    return ahead.masked_fill(last, IGNORE)
+
+
+def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of each token given those before it in its own sequence.
+
+    Args:
+        logits: ``[N, V]``; the last row of a sequence predicts nothing.
+        tokens: ids ``[N]``.
+        labels: ``[N]``, ids or -100 (not predicted), in place of the ids.
+    """
+    return cross_entropy(logits, next_tokens(tokens, labels))
+
+
+def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Cross entropy for integer labels, mean squared error for floating ones (regression).
+
+    Args:
+        logits: ``[M, K]``; for regression K = 1 or the shape of ``labels``.
+        labels: int64 ``[M]`` in [0, K) or -100; or floating ``[M]`` or ``[M, K]``.
+        kept: bool ``[M]``: leave out rows where it is False (e.g. of empty sequences).
+
+    Raises:
+        ValueError: if floating labels do not have the shape of the predictions.
+    """
+    if kept is None:
+        kept = torch.ones(labels.shape[:1], dtype=torch.bool, device=labels.device)
+    if not labels.is_floating_point():
+        return cross_entropy(logits, labels.masked_fill(~kept, IGNORE))
+    predicted = logits.squeeze(-1) if labels.dim() == 1 and logits.shape[-1] == 1 else logits
+    if predicted.shape != labels.shape:
+        raise ValueError(
+            f"regression labels have shape {tuple(labels.shape)}, expected "
+            f"{tuple(predicted.shape)} like the predictions"
+        )
+    predicted = _wide(predicted)
+    error = (predicted - labels.to(predicted.dtype)).square()
+    error = error if error.dim() == 1 else error.flatten(1).mean(1)  # [M]
+    return error.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
+
+
+def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
+    """``[B]``: log of the sum of exp over the rows of each sequence, -inf for an empty one.
+
+    Args:
+        scores: ``[N]``.
+        batch: geometry of the rows.
+    """
+    segments = batch.segment_ids()
+    lowest = torch.full((batch.batch_size,), -torch.inf, dtype=scores.dtype, device=scores.device)
+    top = lowest.scatter_reduce(0, segments, scores.detach(), "amax")
+    top = top.masked_fill(top == -torch.inf, 0)
+    total = torch.zeros_like(top).index_add(0, segments, (scores - top[segments]).exp())
+    empty = total == 0
+    return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -torch.inf)
+
+
+def position_loss(scores: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """Mean cross entropy of choosing one row of each sequence, by a softmax over its own rows.
+
+    Args:
+        scores: ``[N]``.
+        batch: geometry of the rows.
+        positions: int64 ``[B]``, counted from the start of the sequence; a sequence whose position
+            is not in [0, length) is left out.
+    """
+    scores = _wide(scores)
+    kept = (positions >= 0) & (positions < batch.lengths())
+    rows = torch.where(kept, batch.cu_seqlens[:-1] + positions, -1)
+    chosen = ops.gather_rows(scores, rows)  # [B], 0 where left out
+    log_total = segment_logsumexp(scores, batch).masked_fill(~kept, 0)
+    return (log_total - chosen).sum() / kept.sum().clamp(min=1)
+
+
+def span_loss(
+    start: Tensor, end: Tensor, batch: PackedBatch, starts: Tensor, ends: Tensor
+) -> Tensor:
+    """Mean of the start's and the end's cross entropy (Devlin et al. 2019, section 4.2).
+
+    Args:
+        start, end: scores ``[N]``.
+        batch: geometry of the rows.
+        starts, ends: int64 ``[B]``, the answer's first and last position in its sequence; positions
+            outside of the sequence (an answer that this window does not hold) are left out.
+    """
+    return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

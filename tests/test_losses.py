@@ -1,0 +1,156 @@
+"""Losses on packed rows beside one sequence at a time, and masking."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from encfast import PackedBatch, losses
+from encfast.data.masking import mask_tokens
+
+pytestmark = pytest.mark.quick
+
+LENGTHS = [5, 0, 1, 9, 0]
+VOCAB = 11
+
+
+@pytest.fixture
+def tokens() -> PackedBatch:
+    return PackedBatch.from_lengths(torch.randint(VOCAB, (sum(LENGTHS),)), LENGTHS)
+
+
+def test_next_token_loss_never_crosses_a_border(tokens):
+    logits = torch.randn(tokens.total, VOCAB, requires_grad=True)
+    loss = losses.next_token_loss(logits, tokens)
+    terms = [
+        F.cross_entropy(part[:-1], ids[1:], reduction="sum")
+        for part, ids in zip(logits.split(LENGTHS), tokens.split(), strict=True)
+        if len(ids) > 1
+    ]
+    torch.testing.assert_close(loss, sum(terms) / (4 + 8))
+    loss.backward()
+    # Last rows of sequences predict nothing.
+    assert not logits.grad[[4, 5, 14]].any()
+    assert logits.grad[[0, 3, 6, 13]].any(1).all()
+
+
+def test_next_token_labels_replace_the_ids(tokens):
+    labels = tokens.data.clone()
+    labels[:3] = losses.IGNORE
+    ahead = losses.next_tokens(tokens, labels)
+    assert ahead[:5].tolist() == [-100, -100, *labels[3:5].tolist(), -100]
+
+
+def test_masked_rows_are_those_with_a_label():
+    labels = torch.tensor([-100, 3, -100, 0])
+    rows = losses.masked_lm_rows(labels)
+    assert rows.tolist() == [1, 3]
+    logits = torch.randn(4, VOCAB)
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(losses.masked_lm_loss(logits[rows], labels[rows]), expected)
+
+
+def test_span_loss_is_a_softmax_over_the_own_sequence(tokens):
+    start, end = torch.randn(2, tokens.total, requires_grad=True).unbind(0)
+    starts, ends = torch.tensor([1, 0, 0, 12, -100]), torch.tensor([4, 0, 0, 8, -100])
+    loss = losses.span_loss(start, end, tokens, starts, ends)
+    s, e = start.split(LENGTHS), end.split(LENGTHS)
+    nll_start = [F.cross_entropy(s[b], starts[b]) for b in (0, 2)]
+    nll_end = [F.cross_entropy(e[b], ends[b]) for b in (0, 2, 3)]
+    torch.testing.assert_close(loss, sum(nll_start) / 4 + sum(nll_end) / 6)
+
+
+def test_segment_logsumexp_survives_extreme_scores(tokens):
+    scores = torch.full((tokens.total,), -torch.inf)
+    scores[:5] = torch.tensor([300.0, 299.0, -torch.inf, 0.0, -400.0])
+    out = losses.segment_logsumexp(scores, tokens)
+    torch.testing.assert_close(out[0], scores[:5].logsumexp(0))
+    assert out[1:].tolist() == [float("-inf")] * 4
+
+
+@pytest.mark.parametrize("size", [0, 2], ids=["B0", "B2-empty"])
+def test_nothing_to_predict_costs_nothing(size):
+    """0, finite, and with a gradient that is zero."""
+    empty = PackedBatch.from_lengths(torch.zeros(0, dtype=torch.int64), [0] * size)
+    positions = torch.zeros(size, dtype=torch.int64)
+    logits = torch.zeros(0, VOCAB, requires_grad=True)
+    rows = torch.zeros(0, requires_grad=True)
+    pooled = torch.zeros(size, 1, requires_grad=True)
+    none_kept = torch.zeros(size, dtype=torch.bool)
+    for loss in (
+        losses.masked_lm_loss(logits, empty.data),
+        losses.next_token_loss(logits, empty),
+        losses.span_loss(rows, rows, empty, positions, positions),
+        losses.classification_loss(pooled, positions - 100),
+        losses.classification_loss(pooled, torch.ones(size), none_kept),
+    ):
+        assert loss.item() == 0
+        loss.backward()
+    assert not pooled.grad.any()
+
+
+def test_classification_labels_decide_by_their_dtype():
+    logits = torch.randn(4, 3)
+    labels = torch.tensor([0, -100, 2, 1])
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(losses.classification_loss(logits, labels), expected)
+    values = torch.randn(4)
+    expected = F.mse_loss(logits[:, 0], values)
+    torch.testing.assert_close(losses.classification_loss(logits[:, :1], values), expected)
+    several = torch.randn(4, 3)
+    expected = F.mse_loss(logits, several)
+    torch.testing.assert_close(losses.classification_loss(logits, several), expected)
+    kept = torch.tensor([True, False, True, True])
+    expected = F.mse_loss(logits[kept], several[kept])
+    torch.testing.assert_close(losses.classification_loss(logits, several, kept), expected)
+    with pytest.raises(ValueError, match=r"\(4,\), expected \(4, 3\)"):
+        losses.classification_loss(logits, values)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits = torch.randn(300, VOCAB).bfloat16()
+    targets = torch.randint(VOCAB, (300,))
+    loss = losses.cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), targets))
+
+
+def test_masking_takes_its_shares():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 1000, (60_000,), generator=generator)
+    ids[::10] = 2
+    tokens = PackedBatch.from_lengths(ids, [20_000, 0, 40_000])
+    draw = {"vocab_size": 1000, "mask_id": 4, "special_ids": [2], "generator": generator}
+    masked = mask_tokens(tokens, **draw)
+    assert masked.tokens.cu_seqlens is tokens.cu_seqlens
+    assert not (masked.targets == 2).any(), "a special token was chosen"
+    assert torch.equal(masked.targets, ids[masked.rows])
+    assert len(masked.rows) / 54_000 == pytest.approx(0.15, abs=0.01)
+    untouched = torch.ones(len(ids), dtype=torch.bool)
+    untouched[masked.rows] = False
+    assert torch.equal(masked.tokens.data[untouched], ids[untouched])
+    shown = masked.tokens.data[masked.rows]
+    assert (shown == 4).float().mean().item() == pytest.approx(0.8, abs=0.02)
+    assert (shown == masked.targets).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(tokens.data, ids), "the input was written to"
+
+
+def test_masking_everything_or_nothing(tokens):
+    shares = {"vocab_size": VOCAB, "mask_id": 3, "mask_share": 1.0, "random_share": 0.0}
+    every = mask_tokens(tokens, prob=1.0, **shares)
+    assert (every.tokens.data == 3).all() and torch.equal(every.targets, tokens.data)
+    none = mask_tokens(tokens, prob=0.0, **shares)
+    assert none.rows.numel() == 0 and torch.equal(none.tokens.data, tokens.data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prob": 1.5}, "prob must be in"),
+        ({"mask_share": 0.8, "random_share": 0.3}, "add up to at most 1"),
+        ({"mask_id": VOCAB}, "mask_id holds 11"),
+        ({"special_ids": [-1]}, "special_ids holds -1"),
+    ],
+)
+def test_masking_explains_bad_arguments(tokens, change, message):
+    with pytest.raises(ValueError, match=message):
+        mask_tokens(tokens, **{"vocab_size": VOCAB, "mask_id": 3} | change)
