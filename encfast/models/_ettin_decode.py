@@ -1,0 +1,61 @@
+"""Token-by-token decoding of ragged prompts with Ettin's caches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from encfast.packed import PackedBatch
+
+if TYPE_CHECKING:
+    from encfast.models.ettin import Ettin
+
+
+def generate(
+    model: Ettin,
+    prompts: PackedBatch,
+    max_new_tokens: int,
+    temperature: float,
+    end: int,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """Body of :meth:`encfast.models.ettin.Ettin.generate`; ``end`` is the id that ends a text."""
+    caches = model.new_caches()
+    _check(prompts, max_new_tokens, temperature)
+    texts = [[prompt] for prompt in prompts.split()]
+    step, alive = prompts, list(range(prompts.batch_size))
+    for _ in range(max_new_tokens):
+        if not alive:
+            break
+        last = step.last_rows()[torch.tensor(alive, device=step.device)]
+        scores = model.logits(model(step, rows=last, caches=caches))  # [A, V]
+        chosen = _choose(scores, temperature, generator).to(prompts.data.dtype)
+        for text, token in zip(alive, chosen.split(1), strict=True):
+            texts[text].append(token)
+        going = chosen != end
+        alive = [text for text, on in zip(alive, going.tolist(), strict=True) if on]
+        # A finished text stays in the batch with no rows: caches keep their B sequences.
+        lengths = torch.zeros(prompts.batch_size, dtype=torch.int64)
+        lengths[alive] = 1
+        step = PackedBatch.from_lengths(chosen[going], lengths)
+    return [torch.cat(parts) for parts in texts]
+
+
+def _check(prompts: PackedBatch, max_new_tokens: int, temperature: float) -> None:
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    for i, length in enumerate(prompts.lengths().tolist()):
+        if length == 0:
+            raise ValueError(f"prompt {i} is empty; start it with the config's bos_id")
+
+
+def _choose(scores: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """int64 ``[A]``: a token per row of scores ``[A, V]``."""
+    if temperature == 0:
+        return scores.argmax(-1)
+    shares = (scores.float() / temperature).softmax(-1)
+    return torch.multinomial(shares, 1, generator=generator).squeeze(1)
