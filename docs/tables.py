@@ -1,4 +1,4 @@
-"""Writes the generated tables of README.md: models, ops, environment variables.
+"""Writes the generated parts of README.md: the tables of models and ops, and the example.
 
 python docs/tables.py            rewrites README.md in place
 python docs/tables.py --check    exits 1 if README.md is stale
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import encfast
@@ -54,6 +55,17 @@ def op_table() -> str:
     return "\n".join(rows)
 
 
+def example() -> str:
+    """What examples/train_mosaicbert.py does, without its function for the texts."""
+    source = (ROOT / "examples" / "train_mosaicbert.py").read_text()
+    imports = re.search(r"^from importlib.*?(?=\n\n\ndef )", source, re.M | re.S)
+    body = re.search(r"    torch.manual_seed.*?history.append\(.*?\)\n", source, re.S)
+    if not imports or not body:
+        raise SystemExit("examples/train_mosaicbert.py no longer has the parts README.md shows")
+    used = imports[0].replace("from pathlib import Path\n", "")  # by the texts alone
+    return f"```python\n{used}\n\n{textwrap.dedent(body[0])}```"
+
+
 def _count(parameters: int) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if parameters >= size:
@@ -63,12 +75,13 @@ def _count(parameters: int) -> str:
 
 def rendered(text: str) -> str:
     """The README with its generated parts made anew."""
-    for name, table in (("models", model_table()), ("ops", op_table())):
+    parts = {"models": model_table(), "ops": op_table(), "example": example()}
+    for name, part in parts.items():
         begin, end = f"<!-- {name}:begin (docs/tables.py) -->", f"<!-- {name}:end -->"
         if begin not in text or end not in text:
             raise SystemExit(f"README.md lacks the markers {begin} ... {end}")
         head, rest = text.split(begin)
-        text = f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+        text = f"{head}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 
