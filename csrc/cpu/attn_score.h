@@ -1,9 +1,8 @@
 // From raw products q.k to softmax: scale, softcap, ALiBi, visibility, running maximum and sum.
 //
 // Lanes are queries and rows are keys, so every reduction over keys is vertical: one max and one
-// add per vector, no shuffles. Scores are kept in units of log 2 (scale * log2(e) is one factor),
-// so that the exponential is exp2. Key blocks that every query of the block sees skip the
-// visibility test.
+// add per vector, no shuffles. Key blocks that every query of the block sees skip the visibility
+// test.
 #pragma once
 #include "attn_pack.h"
 #include "vec_math.h"
@@ -54,6 +53,22 @@ struct ScoreRule {
     const KeyRange all = {0, len_k};
     return intersect(all,
                      {left < 0 ? 0 : left_from - left, right < 0 ? len_k : right_from + right + 1});
+  }
+};
+
+// The unit of scores, maxima and lse between a product and its exponential. In units of log 2 the
+// exponential is exp2 itself. That costs fp32 its last digits: log2(e) * scale and lse * log2(e)
+// are rounded, large scores multiply the rounding, and forward and backward no longer agree on P.
+// It keeps natural units and pays one more multiplication; to weights in bf16 it makes no
+// difference.
+template <bool kExact>
+struct ScoreUnit {
+  static constexpr float kPerNatural = kExact ? 1.0f : kLog2e;
+  static constexpr float kNatural = kExact ? 1.0f : kLn2;
+
+  template <int kDegree>
+  static ENCFAST_INLINE Vec exp(Vec x) {
+    return exp2<kDegree>(kExact ? x * splat(kLog2e) : x);
   }
 };
 
@@ -136,13 +151,13 @@ inline void max_over_keys(const float* s, int n, Vec m[kVecs]) {
   for (int v = 0; v < kVecs; ++v) m[v] = max(even[v], odd[v]);
 }
 
-// Replaces raw products by scores in place.
+// Replaces raw products by scores in place, times `unit`.
 template <int kVecs>
-inline void apply_rule(const ScoreRule& rule, bool masked, int64_t row, int64_t key, int n,
-                       float* s) {
+inline void apply_rule(const ScoreRule& rule, bool masked, float unit, int64_t row, int64_t key,
+                       int n, float* s) {
   with_mode(rule, masked, [&](auto tag) {
     for (int v = 0; v < kVecs; ++v) {
-      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, kLog2e);
+      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, unit);
       for (int j = 0; j < n; ++j) {
         float* p = s + j * kLanes + v * kW;
         Vec unused;
@@ -152,8 +167,8 @@ inline void apply_rule(const ScoreRule& rule, bool masked, int64_t row, int64_t 
   });
 }
 
-// Running softmax statistics of one query tile: maximum score (units of log 2) and sum of exp2.
-template <int kVecs>
+// Running softmax statistics of one query tile: maximum score and sum of exponentials.
+template <int kVecs, class Unit>
 struct RunningSoftmax {
   Vec max_score[kVecs], sum[kVecs];
 
@@ -175,7 +190,7 @@ struct RunningSoftmax {
     for (int v = 0; v < kVecs; ++v) {
       const Vec m = max(max_score[v], block_max[v] * splat(factor));
       grew |= any_greater(m, max_score[v]);
-      decay[v] = exp2<6>(max_score[v] - m);
+      decay[v] = Unit::template exp<6>(max_score[v] - m);
       max_score[v] = m;
     }
     if (!grew || out == nullptr) return;
@@ -208,7 +223,7 @@ struct RunningSoftmax {
 
   // Natural logarithm of the sum of exponentials; -inf where no key was visible.
   Vec log_sum_exp(int v) const {
-    const Vec lse = fma(max_score[v], splat(kLn2), log(sum[v]));
+    const Vec lse = fma(max_score[v], splat(Unit::kNatural), log(sum[v]));
     return select_within(zeros(), sum[v], zeros(), splat(-__builtin_inff()), lse);
   }
 };

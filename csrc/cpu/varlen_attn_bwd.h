@@ -9,7 +9,7 @@
 //       for a block of kKeyBlock keys that some of these queries see
 //         for each tile of kLanes queries
 //           S^T = K Q^T, dP^T = V dO^T                     [keys][kLanes], L1
-//           P^T = exp2(score(S^T) - lse)
+//           P^T = exp(score(S^T) - lse)
 //           dS^T = P^T (dP^T - delta) d score / d S
 //           dQ^T += K^T dS^T                               [D][kLanes]
 //         dV += P^T dO, dK += dS^T Q                       [keys][D], once per kQueryBlock queries
@@ -41,15 +41,14 @@ class Backward {
   }
 
  private:
+  using Unit = ScoreUnit<Tiles::kExact>;
+
   static constexpr int kKeyBlock = Tiles::kBackwardKeyBlock;
   static constexpr int kQueryBlock = Tiles::kQueryBlock;
   static constexpr int kTiles = kQueryBlock / kLanes;
   // Rows of each tensor fetched ahead, twice per tile and key block.
   static constexpr int kPrefetchRows = kLanes / 2;
   static constexpr int64_t kTileWords = Tiles::kHeadWidth * kLanes;  // dQ^T of one tile
-  // fp32 subtracts lse before changing to units of log 2: rounding lse * log2(e) would be the
-  // largest error of P. To bf16 it does not matter.
-  static constexpr float kUnit = Tiles::kExact ? 1.0f : kLog2e;
   // 32 Ki words each of packed keys and values and their gradients: at most 1 MiB.
   static constexpr int64_t kPanel = round_up(32768 / Tiles::kHeadWidth, kKeyBlock);
 
@@ -199,26 +198,15 @@ class Backward {
       Tiles::pack_lanes(ws_.do_rows + i * Tiles::kRowWords, vecs, D_, do_lanes(i));
     }
     compute_delta(grad, view_of(p_.out, g_.dtype, q_start_ + row, head), n);
-    const int64_t at = head * g_.Nq + q_start_ + row;
-    const float* lse = p_.lse + at;
-    for (int i = 0; p_.dlse && i < n; ++i) ws_.delta[i] -= p_.dlse[at + i];
-    const float inf = __builtin_inff();
-    for (int i = 0; i < n; ++i) {
-      // A row that sees no key has lse -inf; +inf makes its probabilities 0, as for padding lanes.
-      ws_.lse[i] = lse[i] == -inf ? inf : lse[i] * kUnit;
-    }
-    for (int i = n; i < round_up(n, kW); ++i) {
-      ws_.lse[i] = inf;
-      ws_.delta[i] = 0.0f;
-    }
+    load_statistics(head, row, n);
   }
 
-  // lse in kUnit, and delta less the gradient of lse: d score = P (dP - delta + dlse).
+  // lse in Unit, and delta less the gradient of lse: d score = P (dP - delta + dlse).
   void load_statistics(int64_t head, int64_t row, int n) {
     const int64_t first = head * g_.Nq + q_start_ + row;
     const float inf = __builtin_inff();
     for (int i = 0; i < n; ++i) {
-      ws_.lse[i] = p_.lse[first + i] * kUnit;
+      ws_.lse[i] = p_.lse[first + i] * Unit::kPerNatural;
       if (p_.dlse) ws_.delta[i] -= p_.dlse[first + i];
     }
     // Probabilities of padding lanes, and of rows that see no key (lse -inf), are 0: lse +inf.
@@ -287,7 +275,8 @@ class Backward {
     const bool masked = key < common.begin || key + n_keys > common.end;
     with_mode(rule, masked, [&](auto tag) {
       for (int v = 0; v < kVecs; ++v) {
-        const LaneScore<decltype(tag)::value> score(rule, row + lane + v * kW, key, kUnit);
+        const LaneScore<decltype(tag)::value> score(rule, row + lane + v * kW, key,
+                                                    Unit::kPerNatural);
         differentiate(score, lane, v, n_keys, padded);
       }
     });
@@ -309,9 +298,8 @@ class Backward {
     const float* dp = ws_.dp + v * kW;
     const auto one = [&](int j, Vec* p, Vec* ds) {
       Vec tanh = zeros();
-      Vec x = score(load(s + j * kLanes), static_cast<float>(j), minus_lse, &tanh);
-      if constexpr (Tiles::kExact) x *= splat(kLog2e);
-      *p = exp2<Tiles::kExp2Degree>(x);
+      const Vec x = score(load(s + j * kLanes), static_cast<float>(j), minus_lse, &tanh);
+      *p = Unit::template exp<Tiles::kExp2Degree>(x);
       *ds = *p * (load(dp + j * kLanes) - delta);
       if constexpr (Score::kSoftcap) *ds *= fma(-tanh, tanh, splat(1.0f));
     };

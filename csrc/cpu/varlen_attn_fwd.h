@@ -40,6 +40,10 @@ class Forward {
   }
 
  private:
+  using Unit = ScoreUnit<Tiles::kExact>;
+  template <int kVecs>
+  using Softmax = RunningSoftmax<kVecs, Unit>;
+
   static constexpr int kKeyBlock = Tiles::kKeyBlock;
   // 64 Ki words of keys and as many of values: 512 KiB.
   static constexpr int64_t kPanel = round_up(65536 / Tiles::kRowWords, kKeyBlock);
@@ -144,7 +148,7 @@ class Forward {
     const int64_t first_block = visible.begin / kKeyBlock * kKeyBlock;
     float* out = state;
     float* stats = state + Tiles::kHeadWidth * kLanes;
-    RunningSoftmax<kVecs> softmax;
+    Softmax<kVecs> softmax;
     if (visible.empty() || visible.begin >= panel) {
       softmax.reset();
     } else {
@@ -177,15 +181,15 @@ class Forward {
   // One block of keys [key, key + n) for one tile.
   template <int kVecs>
   void run_block(const ScoreRule& rule, int64_t row, int64_t key, int n, bool masked, bool first,
-                 RunningSoftmax<kVecs>& softmax, float* out) {
+                 Softmax<kVecs>& softmax, float* out) {
     const int padded = static_cast<int>(round_up(n, Tiles::kKeyStep));
     const int64_t offset = key - packed_begin_;
     Tiles::template scores<kVecs>(ws_.keys + offset * Tiles::kRowWords, padded, ws_.lanes, D_,
                                   ws_.scores);
     prefetch(kPrefetchRows);
-    float factor = rule.scale * kLog2e;
+    float factor = rule.scale * Unit::kPerNatural;
     if (masked || !rule.is_linear()) {
-      apply_rule<kVecs>(rule, masked, row, key, n, ws_.scores);
+      apply_rule<kVecs>(rule, masked, Unit::kPerNatural, row, key, n, ws_.scores);
       factor = 1.0f;
     }
     softmax.raise(ws_.scores, n, factor, D_, first ? nullptr : out);
@@ -195,9 +199,9 @@ class Forward {
                                         kLanes, padded, D_, out, !first);
   }
 
-  // P^T = exp2(factor S^T - m), adding to the sums; rows [n, padded) become 0.
+  // P^T = exp(factor S^T - m), adding to the sums; rows [n, padded) become 0.
   template <int kVecs>
-  void exponentiate(int n, int padded, float factor, RunningSoftmax<kVecs>& softmax) {
+  void exponentiate(int n, int padded, float factor, Softmax<kVecs>& softmax) {
     const Vec c = splat(factor);
     for (int v = 0; v < kVecs; ++v) {
       const Vec minus_max = -softmax.max_score[v];
@@ -205,14 +209,17 @@ class Forward {
       Vec even_sum = zeros(), odd_sum = zeros();
       int j = 0;
       for (; j + 2 <= n; j += 2) {
-        const Vec even = exp2<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
-        const Vec odd = exp2<Tiles::kExp2Degree>(fma(load(s + (j + 1) * kLanes), c, minus_max));
+        const Vec even =
+            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
+        const Vec odd =
+            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + (j + 1) * kLanes), c, minus_max));
         even_sum += even;
         odd_sum += odd;
         Tiles::put_weights(ws_.weights, j, v, even, odd);
       }
       if (j < n) {
-        const Vec even = exp2<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
+        const Vec even =
+            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
         even_sum += even;
         Tiles::put_weights(ws_.weights, j, v, even, zeros());
         j += 2;
@@ -223,7 +230,7 @@ class Forward {
   }
 
   template <int kVecs>
-  void finish(int64_t head, int64_t row, int n, bool unseen, const RunningSoftmax<kVecs>& softmax,
+  void finish(int64_t head, int64_t row, int n, bool unseen, const Softmax<kVecs>& softmax,
               const float* out) {
     const RowsView dst = view_of(p_.out, g_.dtype, q_start_ + row, head);
     float lse[kLanes];
