@@ -4,6 +4,9 @@ import os
 
 # No test may reach for a hub: what a test needs lies on disk or is made here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Small tensors gain nothing from a second thread, and on a busy machine two threads that wait for
+# each other cost many times the work. Tests of threading set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
