@@ -179,7 +179,29 @@ def _flops(inputs: Inputs) -> float:
     return 2.0 * products * heads * dim * sum(length * length for length in inputs.lengths)
 
 
-_PEERS = {"loop": _sdpa_loop, "length-sorted": _sdpa_sorted, "padded": _sdpa_padded}
+def _sdpa_packed_loop(inputs: Inputs, dtype: torch.dtype) -> Call:
+    """SDPA on views of each sequence's rows, and the outputs put together again."""
+    q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
+    lengths = list(inputs.lengths)
+
+    def forward() -> Tensor:
+        # split, not slices: the backward of a slice fills a tensor of all rows with zeros.
+        pieces = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*(x[None] for x in qkv))[0] for qkv in pieces]
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+    if inputs.dout is None:
+        return Call(_without_grad(forward), collect=lambda out: (out,))
+    dout = inputs.dout.to(dtype)
+    return Call(lambda: (out := forward(), *torch.autograd.grad(out, (q, k, v), dout)))
+
+
+_PEERS = {
+    "loop": _sdpa_loop,
+    "packed loop": _sdpa_packed_loop,
+    "length-sorted": _sdpa_sorted,
+    "padded": _sdpa_padded,
+}
 
 
 def _spec(
@@ -221,7 +243,7 @@ def _spec(
 def _ragged(setting: Setting, dim: int) -> list[BenchSpec]:
     """Docstrings; against padding on fewer of them, for it takes many times as long."""
     cases = (
-        ("docstrings", 64, ("length-sorted", "loop")),
+        ("docstrings", 64, ("length-sorted", "loop", "packed loop")),
         ("docstrings-padded", 16, ("padded",)),
     )
     return [
@@ -296,7 +318,7 @@ def _long(setting: Setting) -> list[BenchSpec]:
 def specs(setting: Setting) -> list[BenchSpec]:
     """The benches of this op in a suite."""
     if setting.suite == "tiny":
-        lengths, peers = (5, 17), ("padded", "length-sorted", "loop")
+        lengths, peers = (5, 17), ("padded", "length-sorted", "loop", "packed loop")
         cases = ((torch.float32, True), (torch.bfloat16, False))
         return [
             _spec("tiny", "two sequences", lambda: lengths, peers, *c, setting, heads=2, dim=8)
