@@ -245,6 +245,6 @@ def _spec(
         flops=_flops,
         pairs=tuple(pairs),
         needs=(*_NEEDS, *needs),
-        budget_s=12.0 if setting.suite == "quick" else 60.0,
+        budget_s=9.0 if setting.suite == "quick" else 60.0,
         charted=True,
     )

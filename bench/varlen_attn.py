@@ -236,7 +236,7 @@ def _spec(
         pairs=tuple((ours.name, t.name) for t in theirs),
         needs=needs,
         charted=charted,
-        budget_s=2.5 if setting.suite == "quick" else 15.0,
+        budget_s=1.5 if setting.suite == "quick" else 15.0,
     )
 
 

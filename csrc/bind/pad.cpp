@@ -37,18 +37,6 @@ Tensor checked_rows(const char* op, const Tensor& x) {
   return with_inner_contiguous(x, 1);
 }
 
-Tensor new_rows(const Tensor& x, int64_t n) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes[0] = n;
-  return new_contiguous(x, sizes, x.scalar_type());
-}
-
-int64_t row_elements(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
-  return count;
-}
-
 void gather(const Tensor& x, const int64_t* index, const Tensor& out) {
   const int64_t size = static_cast<int64_t>(x.element_size());
   const int64_t row_bytes = row_elements(x) * size;

@@ -41,18 +41,6 @@ std::pair<Tensor, Tensor> checked(const char* op, const Tensor& x, const Tensor&
   return {with_inner_contiguous(x, 1), torch::stable::contiguous(index)};
 }
 
-Tensor new_rows(const Tensor& x, int64_t n) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes[0] = n;
-  return new_contiguous(x, sizes, x.scalar_type());
-}
-
-int64_t row_elements(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
-  return count;
-}
-
 // aten::sort.stable: (ascending values, where each came from).
 std::pair<Tensor, Tensor> stable_sort(const Tensor& x) {
   std::array<StableIValue, 4> stack{

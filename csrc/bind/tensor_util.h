@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace encfast {
 
@@ -65,6 +66,20 @@ inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
 inline Tensor new_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                              ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// An uninitialised tensor of n rows like those of x.
+inline Tensor new_rows(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes[0] = n;
+  return new_contiguous(x, sizes, x.scalar_type());
+}
+
+// Elements of one row: all dimensions but the first.
+inline int64_t row_elements(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
+  return count;
 }
 
 // Scratch memory from PyTorch's allocator, so that its accounting and its NaN fill of uninitialised

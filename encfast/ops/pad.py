@@ -10,6 +10,9 @@ hold garbage. Rows that share an index are added in their order in float32 and r
 result is the same for every run and number of threads. Rows move as bytes: what stands in one row,
 NaN included, reaches no other.
 
+Rows of a dtype that cannot be added (bool, uint8, ...) must not share an index: the CPU refuses,
+CUDA, which may not wait to find out, keeps the first of them.
+
 Backends: C++ on the CPU and CUDA; elsewhere the reference.
 """
 
