@@ -31,6 +31,8 @@ def environment(
 ) -> dict[str, Any]:
     """Where the numbers come from: enough to judge them, and to try again."""
     gpu = torch.cuda.get_device_name() if setting.device == "cuda" else None
+    installed = info.collect()
+    del installed["library"]["rebuild"]  # a path, and no part of what was measured
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -43,10 +45,10 @@ def environment(
         "cores_busy_with_other_programs": other_load,
         "gpu": gpu,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "peers": {p: info.installed(p) for p in ("transformers", "sentence-transformers")},
         "roofs": roofs,
-        "encfast": info.collect(),
+        "encfast": installed,
     }
 
 

@@ -1,4 +1,8 @@
-"""Writes the generated parts of README.md: the tables of models and ops, and the example.
+"""Writes the generated parts of README.md: figures, the tables of models and ops, the example.
+
+The figures are those of docs/bench.json, which with its picture comes from
+
+    python bench/run.py --json docs/bench.json --chart docs/bench.png
 
 python docs/tables.py            rewrites README.md in place
 python docs/tables.py --check    exits 1 if README.md is stale
@@ -7,6 +11,7 @@ python docs/tables.py --check    exits 1 if README.md is stale
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import textwrap
@@ -55,6 +60,28 @@ def op_table() -> str:
     return "\n".join(rows)
 
 
+def figures() -> str:
+    """The ratios of docs/bench.json and where they come from."""
+    run = json.loads((ROOT / "docs" / "bench.json").read_text())
+    env, titles = run["environment"], {r["name"]: r["title"] for r in run["results"]}
+    versions, threads = env["encfast"]["versions"], env["threads"]
+    rows = [
+        f"| | encfast | against | one thread, CPU time | {threads} threads, wall time |",
+        "|---|---|---|---|---|",
+    ]
+    for r in run["ratios"]:
+        if not r["spec"].startswith("pad/"):
+            one, many = f"{r['one']:.2f} x", f"{r['many']:.2f} x" if r["many"] else "-"
+            rows.append(f"| {titles[r['spec']]} | {r['ours']} | {r['peer']} | {one} | {many} |")
+    busy = env["cores_busy_with_other_programs"] or 0
+    where = (
+        f"{env['cpu']} with {env['cores']} cores (kernel table `{env['encfast']['cpu']['isa']}`), "
+        f"PyTorch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{env['date'][:10]}, suite `{env['suite']}`; other programs kept {busy:.1f} cores busy."
+    )
+    return f"![throughput](docs/bench.png)\n\n{where}\n\n" + "\n".join(rows)
+
+
 def example() -> str:
     """What examples/train_mosaicbert.py does, without its function for the texts."""
     source = (ROOT / "examples" / "train_mosaicbert.py").read_text()
@@ -75,7 +102,12 @@ def _count(parameters: int) -> str:
 
 def rendered(text: str) -> str:
     """The README with its generated parts made anew."""
-    parts = {"models": model_table(), "ops": op_table(), "example": example()}
+    parts = {
+        "bench": figures(),
+        "example": example(),
+        "ops": op_table(),
+        "models": model_table(),
+    }
     for name, part in parts.items():
         begin, end = f"<!-- {name}:begin (docs/tables.py) -->", f"<!-- {name}:end -->"
         if begin not in text or end not in text:
