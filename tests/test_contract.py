@@ -133,6 +133,20 @@ def test_opcheck_pad(dtype, layout):
     )
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "fused", "empty"])
+def test_opcheck_rotary(dtype, layout):
+    n = 0 if layout == "empty" else 6
+    make = {"transposed": transposed, "expanded": expanded, "fused": fused}.get(layout, contiguous)
+    q, k, _ = make(n, 2, 9, (dtype,) * 3)
+    table, positions = torch.rand(7, 3), torch.arange(n)
+    op = torch.ops.encfast.rotary.default
+    q, k = (x.detach().requires_grad_() for x in (q, k))
+    torch.library.opcheck(op, (q, k, table, table, positions, True, False))
+    torch.library.opcheck(op, (q, None, table[:n], table[:n], None, False, True))
+
+
 class Graphs:
     """A torch.compile backend that counts the graphs it is given."""
 
@@ -201,6 +215,28 @@ def test_pad_compiles_once_for_ragged_shapes(graphs):
         x = torch.randn(sum(lens), 3, requires_grad=True)
         rows = torch.randperm(sum(lens))[: max(lens)]
         torch.testing.assert_close(compiled(x, rows, sum(lens)), step(x, rows, sum(lens)))
+    assert graphs.count <= 2
+
+
+@pytest.mark.quick
+def test_rotary_compiles_once_for_ragged_shapes(graphs):
+    def step(qkv, cos, sin, positions):
+        q, k, v = qkv.split(2, dim=1)
+        q, k = ops.rotary_qk(q, k, cos, sin, positions=positions)
+        return torch.cat((q, ops.rotary(k, cos[positions], sin[positions]), v))
+
+    compiled = torch.compile(step, backend=graphs, fullgraph=True, dynamic=True)
+    angles = torch.rand(40, 4)
+    for lens in SIX_RAGGED:
+        qkv = torch.randn(sum(lens), 6, 8)
+        args = (angles.cos(), angles.sin(), torch.randint(40, (sum(lens),)))
+        results = []
+        for f in (compiled, step):
+            leaf = qkv.clone().requires_grad_()
+            out = f(leaf, *args)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
     assert graphs.count <= 2
 
 
@@ -290,6 +326,9 @@ def test_no_device_sync_on_a_gpu():
         assert out.shape == q.shape and out.device.type == "cuda"
         assert ops.select_rows(q, rows).shape == (4, 2, 8)
         assert ops.scatter_rows(ops.select_rows(q, rows), rows, 9).shape == (9, 2, 8)
+        table = torch.empty(9, 4, device="cuda")
+        positions = torch.empty(7, device="cuda", dtype=torch.int64)
+        assert ops.rotary(q, table, table, positions).shape == (7, 2, 8)
         with pytest.raises(ValueError, match="max_seqlen_q is None; pass it as an int"):
             ops.varlen_attn(q, q, q, cu)
         with pytest.raises(ValueError, match="max_seqlen_k is None"):
@@ -334,8 +373,10 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         ops.varlen_attn(q, q, q, cu).sum().backward()
         ops.select_rows(q, torch.tensor([0, 0]))
+        ops.rotary(q, torch.ones(5, 2), torch.zeros(5, 2)).sum().backward()
 said = [str(w.message) for w in caught if "no native kernel" in str(w.message)]
-assert len(said) == 2 and "varlen_attn" in said[0] and "ops.pad" in said[1], said
+named = ("ops.varlen_attn", "ops.pad", "ops.rotary")
+assert len(said) == 3 and all(n in s for n, s in zip(named, said)), said
 for bad in ([0, 9, 5], [0, 2, 6]):
     try:
         torch.ops.encfast.varlen_attn(

@@ -5,6 +5,7 @@
 // AVX-512 can replace the baseline's at link time. Workspaces come from the caller.
 #pragma once
 #include "pad.h"
+#include "rotary.h"
 #include "varlen_attn.h"
 
 #if defined(__x86_64__)
@@ -19,12 +20,14 @@ struct CpuKernels {
   const char* name;
   VarlenAttnKernels varlen_attn;
   PadKernels pad;
+  RotaryKernels rotary;
 };
 
 #define ENCFAST_DECLARE(isa)                  \
   namespace isa {                             \
   extern const VarlenAttnKernels kVarlenAttn; \
   extern const PadKernels kPad;               \
+  extern const RotaryKernels kRotary;         \
   }
 ENCFAST_EACH_ISA(ENCFAST_DECLARE)
 #undef ENCFAST_DECLARE

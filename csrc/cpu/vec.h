@@ -139,6 +139,19 @@ ENCFAST_INLINE float sum(Vec v) {
 #endif
 }
 
+// Neighbours change places: 1, 0, 3, 2, ...
+ENCFAST_INLINE Vec swap_pairs(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_permute_ps(v, 0xb1);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(v, 0xb1);
+#elif defined(__x86_64__)
+  return _mm_shuffle_ps(v, v, 0xb1);
+#else
+  return Vec{v[1], v[0], v[3], v[2]};
+#endif
+}
+
 // ---- Transposition of a kW x kW block of words held in kW vectors ----
 
 #if defined(__AVX512F__)

@@ -3,9 +3,10 @@
 import importlib
 
 from .pad import Unpadded, gather_rows, pad, scatter_rows, select_rows, unpad
+from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad")
+OPS = ("varlen_attn", "pad", "rotary")
 
 __all__ = [
     "OPS",
@@ -13,6 +14,8 @@ __all__ = [
     "backends",
     "gather_rows",
     "pad",
+    "rotary",
+    "rotary_qk",
     "scatter_rows",
     "select_rows",
     "unpad",

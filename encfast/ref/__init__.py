@@ -4,6 +4,7 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 """
 
 from .pad import gather_rows, scatter_rows
+from .rotary import rotary
 from .varlen_attn import varlen_attn
 
-__all__ = ["gather_rows", "scatter_rows", "varlen_attn"]
+__all__ = ["gather_rows", "rotary", "scatter_rows", "varlen_attn"]
