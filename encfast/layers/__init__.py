@@ -14,7 +14,7 @@ from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.norm import Norm
 from encfast.layers.pool import pool
-from encfast.layers.rotary import Rotary, apply_rotary
+from encfast.layers.rotary import Rotary
 
 __all__ = [
     "MLP",
@@ -31,6 +31,5 @@ __all__ = [
     "Stack",
     "activation",
     "alibi_slopes",
-    "apply_rotary",
     "pool",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.cache import KVCache
-from encfast.layers.rotary import apply_rotary
 from encfast.packed import PackedBatch
 
 
@@ -78,13 +77,13 @@ class Attention(nn.Module):
 
         Args:
             batch: rows ``[N, C]``.
-            rope: cos and sin ``[N, D]`` to rotate q and k with.
+            rope: cos and sin ``[N, D / 2]`` to rotate q and k with.
             cache: keys and values of earlier tokens; the new ones are added to it.
         """
         qkv = self.qkv(batch.data).unflatten(-1, (-1, self.head_dim))  # [N, H + 2 Hk, D]
         q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
         if rope is not None:
-            q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
+            q, k = ops.rotary_qk(q, k, *rope)
         cu_seqlens_k, max_seqlen_k = batch.cu_seqlens, batch.max_seqlen
         if cache is not None:
             keys, values = cache.append(k, v, batch)

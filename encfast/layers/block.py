@@ -163,7 +163,7 @@ class Stack(nn.Module):
         if not len(self.rotaries):
             return []
         positions = batch.positions() if caches is None else caches[0].positions(batch)
-        return [rotary(positions, batch.data.dtype) for rotary in self.rotaries]
+        return [rotary(positions) for rotary in self.rotaries]
 
     def new_caches(self) -> list[KVCache]:
         """One empty cache per block, bounded where the block's left window is."""

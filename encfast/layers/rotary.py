@@ -1,6 +1,8 @@
-"""Rotary position embedding in the half (non-interleaved) layout: Su et al., arXiv 2104.09864."""
+"""Angles of rotary positions (Su et al., arXiv 2104.09864), the tables of `encfast.ops.rotary`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 class Rotary(nn.Module):
     """Tables cos and sin of the rotation angles ``position * theta^(-2i/D)``.
 
-    The angles are computed in fp32 whatever dtype the model has: at position 8000 bf16 could not
-    tell neighbours apart.
+    Frequencies, angles and tables are fp32 whatever dtype the model has: at position 8000 bf16
+    could not tell neighbours apart.
 
     Args:
         head_dim: D, even.
@@ -38,24 +40,18 @@ class Rotary(nn.Module):
         with torch.no_grad():
             self.inv_freq.copy_(1.0 / self.theta**exponent)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[N, D]`` in ``dtype`` for integer ``positions`` ``[N]``."""
-        angles = positions.float()[:, None] * self.inv_freq.float()[None, :]  # [N, D / 2]
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:  # model.to(torch.bfloat16) has rounded them
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 ``[N, D / 2]``, for integer ``positions`` ``[N]``."""
+        angles = positions.float()[:, None] * self.inv_freq
+        return angles.cos(), angles.sin()
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"head_dim={self.head_dim}, theta={self.theta:g}"
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs ``(x[i], x[i + D/2])``.
-
-    Args:
-        x: ``[N, H, D]``.
-        cos, sin: ``[N, D]`` from :class:`Rotary`.
-    """
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + rotated * sin[:, None]
