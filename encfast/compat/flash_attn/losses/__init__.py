@@ -1,0 +1,5 @@
+"""Losses."""
+
+from .cross_entropy import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss"]
