@@ -24,11 +24,19 @@ __all__ = [
 ]
 
 
+def _overwrite(x: Tensor, turn: Callable[[Tensor, bool], Any]) -> Tensor:
+    """x, after turn(x, False) has changed it in place."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Overwrite.apply(x, turn)
+    turn(x, False)
+    return x
+
+
 class _Overwrite(torch.autograd.Function):
     """turn(x, False) changes x in place; its gradient is turn(dx, True) on a copy."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, turn: Callable[[Tensor, bool], None]) -> Tensor:
+    def forward(ctx, x: Tensor, turn: Callable[[Tensor, bool], Any]) -> Tensor:
         ctx.turn = turn
         turn(x, False)
         return x
@@ -69,7 +77,7 @@ def apply_rotary_emb(
         lengths = (seqlen_offsets, cu_seqlens, max_seqlen)
         return apply_rotary(x, cos, sin, *lengths, interleaved, inplace, conjugate)
 
-    return _Overwrite.apply(x, turn) if inplace else turn(x, False, False)
+    return _overwrite(x, turn) if inplace else turn(x, False, False)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -116,7 +124,7 @@ def apply_rotary_emb_qkv_(
         tables = (cos, sin) if cos_k is None or sin_k is None else (cos_k, sin_k)
         apply_rotary(k, *tables, seqlen_offsets, **options)
 
-    return _Overwrite.apply(qkv, turn)
+    return _overwrite(qkv, turn)
 
 
 def _heads(op: str, qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
@@ -150,7 +158,7 @@ def apply_rotary_emb_kv_(
         options: Any = {"interleaved": interleaved, "inplace": True, "conjugate": conjugate}
         apply_rotary(kv[:, :, 0], cos, sin, seqlen_offsets, **options)
 
-    return _Overwrite.apply(kv, turn)
+    return _overwrite(kv, turn)
 
 
 class RotaryEmbedding(nn.Module):
@@ -207,8 +215,9 @@ class RotaryEmbedding(nn.Module):
             power = (steps - rows // 2)[:, None] / self.scale_base
             scale = self.scale.to(device) ** power
             tables = (*(t * scale for t in tables), *(t / scale for t in tables))
-        if not (torch.is_inference_mode_enabled() or torch.compiler.is_compiling()):
-            self._tables = tables  # tables made in inference mode could not be used in training
+        # A graph has no use for a cache, and what inference mode makes cannot serve training.
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            self._tables = tables
         return tables
 
     def forward(
