@@ -1,5 +1,6 @@
 """rotary: both layouts against the reference, gradients, partial rotation, bad input refused."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -242,6 +243,19 @@ def test_a_fused_projection_is_read_in_place():
     keys = {event.key for event in profile.key_averages()}
     assert "encfast::rotary" in keys
     assert not keys & {"aten::copy_", "aten::clone", "aten::cat"}
+
+
+@pytest.mark.quick
+def test_rows_more_than_two_gibi_elements_apart():
+    """Row offsets beyond 32 bits; the mapping reserves address space, three rows are touched."""
+    stride, shape = 2**31 + 11, (3, 2, 8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = mmap.mmap(-1, 2 * (3 * stride), flags=flags)
+    x = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided(shape, (stride, 8, 1))
+    x.copy_(torch.randn(shape))
+    for interleaved in (False, True):
+        far, near = (ops.rotary(t, T, T, P[:3], interleaved=interleaved) for t in (x, x.clone()))
+        assert torch.equal(far, near)
 
 
 @given(
