@@ -287,7 +287,7 @@ def _reference_bwd(
         window=tuple(window),
         alibi_slopes=alibi_slopes,
         softcap=softcap,
-    )
+    )[:3]
 
 
 _backends.register_reference("varlen_attn", "varlen_attn", _reference_fwd)

@@ -121,7 +121,7 @@ def test_written_out_gradient_of_the_reference_is_its_autograd(case):
     got = varlen_attn_bwd(
         douts[0], dlse, *qkv, want["out"], want["lse"], cu_seqlens(case.lens), **case.options
     )
-    for name, grad in zip(RESULTS[2:], got, strict=True):
+    for name, grad in zip(RESULTS[2:], got[:3], strict=True):
         torch.testing.assert_close(grad, want[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
