@@ -89,7 +89,7 @@ def test_opcheck_varlen_attn(case):
 def test_opcheck_varlen_attn_bwd(case):
     qkv, cu = make_attn(*ATTN_CASES[case])
     out, lse = ATTN(*attn_args(*qkv, cu))
-    rule = (None, None, None, None, False, [-1, -1], None, None)
+    rule = (None, None, None, None, False, [-1, -1], *(None,) * 7, False, False)
     torch.library.opcheck(ATTN_BWD, (torch.randn_like(out), None, *qkv, out, lse, cu, *rule))
     torch.library.opcheck(
         ATTN_BWD, (torch.randn_like(out), torch.randn_like(lse), *qkv, out, lse, cu, *rule)

@@ -2,44 +2,49 @@
 
 For each sequence b and head h, query row i (of Lq) attends to the key rows j (of Lk) it can see:
 
-    s_ij  = softcap * tanh(scale * q_i k_j / softcap) - slope * |i + Lk - Lq - j|
-    out_i = sum_j softmax(s_i)_j v_j        lse_i = log sum_j exp(s_ij)
+    s_ij  = softcap * tanh(scale * q_i k_j / softcap)
+            - slope * |j - p_i| + rel_bias[clip(j - p_i, -r, r) + r] + bias_ij     p_i = i + Lk - Lq
+    P_i   = softmax(s_i)                        lse_i = log sum_j exp(s_ij)
+    out_i = sum_j P_ij keep_ij v_j / (1 - dropout_p)
 
-Conventions. Query i stands at position i + Lk - Lq among the keys: with unequal lengths the last
-query and the last key are aligned, as in flash-attn. `window=(left, right)` is inclusive: position
-p sees keys p - left .. p + right, and -1 is no bound; `causal` sets right to 0. ALiBi is symmetric,
-its slopes are positive and are subtracted. Order: softcap, then ALiBi, then the mask. Without
-softcap, s_ij = scale * q_i k_j.
+Conventions. Query i stands at position p_i among the keys: with unequal lengths the last query and
+the last key are aligned, as in flash-attn. `window=(left, right)` is inclusive: position p sees
+keys p - left .. p + right, and -1 is no bound; `causal` sets right to 0. ALiBi is symmetric, its
+slopes are positive and are subtracted. `rel_bias` has R = 2 r + 1 entries, offset -r first; farther
+keys take the entry at the end. `bias` holds one matrix per sequence, packed. Order: softcap, then
+ALiBi and the biases, then the mask. Without softcap, s_ij starts from scale * q_i k_j.
 
-A sequence without queries yields nothing. A query that sees no key (no keys, or all outside of the
-window) yields out 0, lse -inf and gradients 0. What lies in one sequence, NaN included, never
-reaches another.
+Dropout. keep_ij compares 16 bits of Philox4x32-10, counted by (sequence, head, i, j) and keyed by
+`rng`, with p: forward, backward and every backend draw the same mask (`encfast.ref.philox`).
+
+A sequence without queries yields nothing. A query that sees no key (no keys, all outside of the
+window, or all hidden by the bias) yields out 0, lse -inf and gradients 0. What lies in one
+sequence, NaN included, never reaches another.
 
 Sources: Dao, FlashAttention-2 (arXiv:2307.08691); Press et al., ALiBi (arXiv:2108.12409), symmetric
-as in MosaicBERT (arXiv:2312.17482); softcap as in Gemma 2 (arXiv:2408.00118).
+as in MosaicBERT (arXiv:2312.17482); relative biases as in T5 (arXiv:1910.10683) and SpeechT5
+(arXiv:2110.07205); softcap as in Gemma 2 (arXiv:2408.00118); Salmon et al., Philox (SC 2011).
 
 Backends: C++ on the CPU (blocked online softmax, O(N) memory); elsewhere the reference, which holds
 one Lq x Lk matrix per head of one sequence.
 """
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ref.varlen_attn import varlen_attn as _ref_fwd
 from ..ref.varlen_attn import varlen_attn_bwd as _ref_bwd
 from . import _backends
-from ._checks import (
-    FLOAT_DTYPES,
-    can_read_values,
-    check_cu_seqlens_values,
-    check_device,
-    check_dtype,
-    check_tensor,
+from ._varlen_attn_checks import (
+    check_arguments,
+    check_biases,
+    check_geometry,
+    check_rng,
+    pairs_per_sequence,
 )
+from ._varlen_attn_global import check_global_kv, with_global_kv
 
-MAX_HEAD_SIZE = 256
 DISPATCHER_OPS = ("varlen_attn", "varlen_attn_bwd")
 
 # Numbers are nullable, not defaulted: under torch.compile(dynamic=True) a float shared by two
@@ -57,134 +62,12 @@ torch.library.define(
     "encfast::varlen_attn_bwd",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float? scale, bool causal, int[2] window, Tensor? alibi_slopes, float? softcap) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "float? scale, bool causal, int[2] window, Tensor? alibi_slopes, Tensor? rel_bias, "
+    "Tensor? bias, Tensor? bias_offsets, float? softcap, float? dropout_p, Tensor? rng, "
+    "bool rel_bias_grad, bool bias_grad) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor drel_bias, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def _check(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window,
-    alibi_slopes, softcap,
-) -> None:  # fmt: skip
-    op = "varlen_attn"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(op, name, x, 3, "[N, heads, head size]")
-        check_dtype(op, name, x, *FLOAT_DTYPES, hint="; for float64 use encfast.ref.varlen_attn")
-        check_device(op, name, x, "q", q)
-    _check_shapes(q, k, v)
-    _check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    _check_score_rule(scale, causal, window, softcap)
-    if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    heads, head_size = q.shape[1:]
-    if not 1 <= head_size <= MAX_HEAD_SIZE:
-        raise ValueError(f"varlen_attn: q has head size {head_size}, expected 1..{MAX_HEAD_SIZE}")
-    if k.shape[2] != head_size:
-        raise ValueError(f"varlen_attn: k has head size {k.shape[2]}, q has {head_size}")
-    if v.shape != k.shape:
-        raise ValueError(
-            f"varlen_attn: v has shape {tuple(v.shape)}, expected that of k, {tuple(k.shape)}"
-        )
-    if heads < 1 or k.shape[1] < 1 or heads % k.shape[1]:
-        raise ValueError(
-            f"varlen_attn: q has {heads} heads and k has {k.shape[1]}; expected a multiple"
-        )
-
-
-def _check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
-    op = "varlen_attn"
-    _check_lengths("q", cu_seqlens_q, max_seqlen_q, q)
-    if cu_seqlens_k is not None:
-        _check_lengths("k", cu_seqlens_k, max_seqlen_k, k)
-        if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
-            raise ValueError(
-                f"{op}: cu_seqlens_k has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has "
-                f"{cu_seqlens_q.shape[0]}; expected B + 1 in both"
-            )
-    elif k.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"{op}: k has {k.shape[0]} rows and q has {q.shape[0]}; pass cu_seqlens_k unless keys "
-            "and queries have the same lengths"
-        )
-    elif max_seqlen_k is not None:
-        _check_lengths("k", cu_seqlens_q, max_seqlen_k, k)
-
-
-def _check_lengths(side: str, cu_seqlens: Tensor, max_seqlen: int | None, rows: Tensor) -> None:
-    op, name, max_name = "varlen_attn", f"cu_seqlens_{side}", f"max_seqlen_{side}"
-    check_tensor(op, name, cu_seqlens, 1, "[B + 1]")
-    check_dtype(op, name, cu_seqlens, torch.int32)
-    check_device(op, name, cu_seqlens, side, rows)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: {name} is empty, expected B + 1 entries, the first of them 0")
-    if max_seqlen is None:
-        if rows.device.type == "cuda":
-            raise ValueError(
-                f"{op}: {max_name} is None; pass it as an int, on {rows.device} reading it from "
-                f"{name} would wait for the device"
-            )
-    elif not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{op}: {max_name} is {type(max_seqlen).__name__}, expected an int")
-    elif max_seqlen < 0:
-        raise ValueError(f"{op}: {max_name} is {max_seqlen}, expected >= 0")
-    if can_read_values(cu_seqlens):
-        check_cu_seqlens_values(op, name, cu_seqlens, rows.shape[0], max_name, max_seqlen)
-
-
-def _check_score_rule(scale, causal, window, softcap) -> None:
-    if not isinstance(causal, bool):
-        raise TypeError(f"varlen_attn: causal is {type(causal).__name__}, expected a bool")
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and not isinstance(number, int | float | torch.SymFloat):
-            raise TypeError(f"varlen_attn: {name} is {type(number).__name__}, expected a float")
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"varlen_attn: window is {window!r}, expected (left, right)")
-    for bound in window:
-        if not isinstance(bound, int) or isinstance(bound, bool):
-            raise TypeError(f"varlen_attn: window is {window!r}, expected two ints")
-        if bound < -1:
-            raise ValueError(f"varlen_attn: window is {window!r}, expected bounds >= -1")
-    if torch.compiler.is_compiling():
-        return  # a guard on a float's value would compile once per value
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"varlen_attn: scale is {scale}, expected a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"varlen_attn: softcap is {softcap}, expected a number > 0 or None")
-
-
-def _check_slopes(slopes: Tensor, q: Tensor, batch: int) -> None:
-    op, name = "varlen_attn", "alibi_slopes"
-    check_tensor(op, name, slopes)
-    check_dtype(op, name, slopes, torch.float32)
-    check_device(op, name, slopes, "q", q)
-    heads = q.shape[1]
-    if slopes.shape != (heads,) and slopes.shape != (batch, heads):
-        raise ValueError(
-            f"{op}: {name} has shape {tuple(slopes.shape)}, expected ({heads},) or "
-            f"({batch}, {heads})"
-        )
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} has no gradient; pass {name}.detach()")
-    if can_read_values(slopes) and not slopes.isfinite().all():
-        raise ValueError(f"{op}: {name} holds {slopes[~slopes.isfinite()][0]}, expected finite")
-
-
-def _refuse_unserved(rel_bias, bias, bias_offsets, dropout_p) -> None:
-    for name, value in (("rel_bias", rel_bias), ("bias", bias), ("bias_offsets", bias_offsets)):
-        if value is not None:
-            raise NotImplementedError(
-                f"varlen_attn: {name} is not served yet; alibi_slopes, window and softcap are"
-            )
-    if dropout_p is not None and not 0 <= dropout_p < 1:
-        raise ValueError(f"varlen_attn: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
-    if dropout_p:
-        raise NotImplementedError(
-            f"varlen_attn: dropout_p is {dropout_p}; dropout is not served yet, pass None or 0"
-        )
 
 
 def _promoted(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -198,26 +81,40 @@ def _fake_fwd(q, k, v, *_):
 
 
 @torch.library.register_fake("encfast::varlen_attn_bwd")
-def _fake_bwd(dout, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake_bwd(dout, dlse, q, k, v, *args):
+    rel_bias, bias, *_, rel_bias_grad, bias_grad = args[-8:]
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    for x, wanted in ((rel_bias, rel_bias_grad), (bias, bias_grad)):
+        grads.append(x.new_empty(x.shape) if wanted else q.new_empty(0))
+    return tuple(grads)
+
+
+# Where the differentiable inputs stand in the schema: q, k, v, rel_bias, bias.
+_DIFFERENTIABLE = (0, 1, 2, 11, 12)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, slopes, *_, softcap, _, _) = inputs
+    (
+        q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, slopes,
+        rel_bias, bias, offsets, softcap, dropout_p, rng,
+    ) = inputs  # fmt: skip
     ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad[:3]):
-        ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, slopes)
+    if any(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE):
+        ctx.save_for_backward(
+            q, k, v, *output, cu_q, cu_k, slopes, rel_bias, bias, offsets, rng
+        )  # fmt: skip
     ctx.lengths = (max_q, max_k)
     ctx.score_rule = (scale, causal, window)
-    ctx.softcap = softcap
+    ctx.softcap, ctx.dropout_p = softcap, dropout_p
 
 
 def _backward(ctx, dout, dlse):
-    nothing = (None,) * 14
+    grads = [None] * 17
     if dout is None and dlse is None:
-        return None, None, None, *nothing
-    q, k, v, out, lse, cu_q, cu_k, slopes = ctx.saved_tensors
-    grads = torch.ops.encfast.varlen_attn_bwd(
+        return tuple(grads)
+    q, k, v, out, lse, cu_q, cu_k, slopes, rel_bias, bias, offsets, rng = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    computed = torch.ops.encfast.varlen_attn_bwd(
         torch.zeros_like(out) if dout is None else dout,
         dlse,
         q,
@@ -230,10 +127,17 @@ def _backward(ctx, dout, dlse):
         *ctx.lengths,
         *ctx.score_rule,
         slopes,
+        rel_bias,
+        bias,
+        offsets,
         ctx.softcap,
+        ctx.dropout_p,
+        rng,
+        *needed[3:],
     )
-    needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
-    return *needed, *nothing
+    for i, need, grad in zip(_DIFFERENTIABLE, needed, computed, strict=True):
+        grads[i] = grad if need else None
+    return tuple(grads)
 
 
 def _no_double_backward(ctx, *grads):
@@ -252,8 +156,9 @@ def _reference_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window,
     alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, rng,
 ):  # fmt: skip
-    _refuse_unserved(rel_bias, bias, bias_offsets, dropout_p)
-    _check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_biases(q, cu_seqlens_q, cu_seqlens_k, rel_bias, bias, bias_offsets)
+    check_rng(rng, dropout_p, q)
     return _ref_fwd(
         q,
         k,
@@ -264,13 +169,19 @@ def _reference_fwd(
         causal=causal,
         window=tuple(window),
         alibi_slopes=alibi_slopes,
+        rel_bias=rel_bias,
+        bias=bias,
+        bias_offsets=bias_offsets,
         softcap=softcap,
+        dropout_p=dropout_p,
+        rng=rng,
     )
 
 
 def _reference_bwd(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    scale, causal, window, alibi_slopes, softcap,
+    scale, causal, window, alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, rng,
+    rel_bias_grad, bias_grad,
 ):  # fmt: skip
     return _ref_bwd(
         dout,
@@ -286,8 +197,15 @@ def _reference_bwd(
         causal=causal,
         window=tuple(window),
         alibi_slopes=alibi_slopes,
+        rel_bias=rel_bias,
+        bias=bias,
+        bias_offsets=bias_offsets,
         softcap=softcap,
-    )[:3]
+        dropout_p=dropout_p,
+        rng=rng,
+        rel_bias_grad=rel_bias_grad,
+        bias_grad=bias_grad,
+    )
 
 
 _backends.register_reference("varlen_attn", "varlen_attn", _reference_fwd)
@@ -312,6 +230,7 @@ def varlen_attn(
     bias_offsets: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float | None = None,
+    global_kv: tuple[Tensor, Tensor, Tensor] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention within each packed sequence; the module docstring has the formula.
@@ -329,9 +248,20 @@ def varlen_attn(
         causal: a query sees no key behind its own position.
         window: (left, right), inclusive; -1 is unlimited.
         alibi_slopes: [H] or [B, H] float32, finite; not differentiable.
-        rel_bias, bias, bias_offsets: refused, not served yet.
+        rel_bias: [H, R] or [Nq, H, R], R odd, float32, bfloat16 or float16: a table of relative
+            positions, of the head or of the head and the query. Any strides.
+        bias: [T] (for all heads) or [H, T], T the sum of Lq * Lk: the matrices [Lq, Lk] of the
+            sequences, row by row, one after the other. Bool (False hides the key) or float32,
+            bfloat16 or float16, added to the scores; -inf hides the key. Any strides.
+        bias_offsets: [B + 1] int64 running sum of Lq * Lk; computed by default.
         softcap: > 0, or None for none.
-        dropout_p: None or 0; other values are refused, not served yet.
+        dropout_p: probability in [0, 1) with which a softmax weight is zeroed, the others divided
+            by 1 - p; p is rounded to a multiple of 2^-16. The random key comes from torch's
+            generator of q's device, so torch.manual_seed repeats the mask. lse is that without
+            dropout.
+        global_kv: (k_g [G, Hk, D], v_g [G, Hk, D], group [B] int64): sequence b also sees row
+            group[b] of k_g and v_g, a key without a position that sequences may share. Not together
+            with causal, window, alibi_slopes, rel_bias or bias.
         return_lse: also return the log-sum-exp of the scores, differentiable like the output.
 
     Returns:
@@ -341,21 +271,29 @@ def varlen_attn(
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it. Values of tensors
             are checked in eager mode on the CPU, on a GPU under ENCFAST_CHECK=1.
-        NotImplementedError: an argument this version does not serve.
         RuntimeError: malformed values met by the native kernel in compiled code.
 
     Numerics: scores, softmax and sums in float32, for bfloat16 and float16 the probabilities are
     rounded to the input dtype before the second product. Bit-equal from run to run and for any
     number of threads; no atomics. Mixed dtypes compute in the promoted one; autocast casts nothing.
     """
-    _refuse_unserved(rel_bias, bias, bias_offsets, dropout_p)
-    _check(
+    check_arguments(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-        window, alibi_slopes, softcap,
+        window, alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p,
     )  # fmt: skip
+    if global_kv is not None:
+        check_global_kv(global_kv, k, cu_seqlens_q, causal, window, alibi_slopes, rel_bias, bias)
+        k, v, cu_seqlens_k = with_global_kv(k, v, cu_seqlens_q, cu_seqlens_k, *global_kv)
+        longest = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        max_seqlen_k = None if longest is None else longest + 1
+    if bias is not None and bias_offsets is None:
+        bias_offsets = F.pad(pairs_per_sequence(cu_seqlens_q, cu_seqlens_k).cumsum(0), (1, 0))
+    rng = None
+    if dropout_p is not None and dropout_p > 0:
+        rng = torch.randint(0, 2**32, (2,), dtype=torch.int64, device=q.device)
     out, lse = torch.ops.encfast.varlen_attn(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window,
-        alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, None,
+        alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, rng,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -23,6 +23,23 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def longs(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+T = 2 * 2 + 4 * 4
+G = torch.ones(3, HK, D)
+GROUP = longs(2, 0)
+
+
+def biased(**other):
+    return {"bias": torch.ones(T), **other}
+
+
+def shared(k_g=G, v_g=G, group=GROUP, **other):
+    return {"global_kv": (k_g, v_g, group), **other}
+
+
 # argument -> what is passed, the exception, and what the message must hold besides the argument.
 ERRORS = [
     ({"q": [1.0]}, TypeError, "q is list"),
@@ -80,10 +97,56 @@ ERRORS = [
     ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected 0 <= dropout_p < 1"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
-    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p is 0.1; .* not served yet"),
-    ({"rel_bias": torch.randn(H, 5)}, NotImplementedError, "rel_bias is not served yet"),
-    ({"bias": torch.randn(5)}, NotImplementedError, "bias is not served yet"),
-    ({"bias_offsets": CU}, NotImplementedError, "bias_offsets is not served yet"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
+    ({"dropout_p": "half"}, TypeError, "dropout_p is str, expected a float"),
+    ({"rel_bias": [1.0]}, TypeError, "rel_bias is list"),
+    ({"rel_bias": torch.ones(H, 5).long()}, TypeError, "rel_bias is int64, expected float32 or"),
+    ({"rel_bias": torch.ones(H, 5).double()}, TypeError, "rel_bias is float64"),
+    ({"rel_bias": torch.ones(H, 5, device="meta")}, ValueError, "rel_bias is on meta, q is on"),
+    ({"rel_bias": torch.ones(5)}, ValueError, r"rel_bias has shape \(5,\), .*\(4, R\) or \(6, 4"),
+    ({"rel_bias": torch.ones(HK, 5)}, ValueError, r"rel_bias has shape \(2, 5\)"),
+    ({"rel_bias": torch.ones(N - 1, H, 5)}, ValueError, r"rel_bias has shape \(5, 4, 5\)"),
+    ({"rel_bias": torch.ones(H, 4)}, ValueError, "rel_bias has 4 entries.*an odd number"),
+    ({"rel_bias": torch.ones(H, 0)}, ValueError, "rel_bias has 0 entries.*an odd number"),
+    ({"bias": [True]}, TypeError, "bias is list"),
+    ({"bias": torch.ones(T).double()}, TypeError, "bias is float64, expected bool or float32"),
+    ({"bias": torch.ones(T).byte()}, TypeError, "bias is uint8, expected bool"),
+    ({"bias": torch.ones(T, device="meta")}, ValueError, "bias is on meta, q is on cpu"),
+    (
+        {"bias": torch.ones(HK, T)},
+        ValueError,
+        r"bias has shape \(2, 20\), expected \(T,\) or \(4, T",
+    ),
+    ({"bias": torch.ones(1, H, T)}, ValueError, r"bias has shape \(1, 4, 20\)"),
+    ({"bias": torch.ones(())}, ValueError, r"bias has shape \(\)"),
+    ({"bias": torch.ones(T - 1)}, ValueError, "bias has 19 entries per head, .* Lq . Lk, 20"),
+    ({"bias": torch.ones(H, T + 1)}, ValueError, "bias has 21 entries per head"),
+    ({"bias": torch.ones(T), "cu_seqlens_k": ints(0, 3, 6)}, ValueError, "bias has 20 .* 18"),
+    ({"bias_offsets": longs(0, 4, T)}, ValueError, "bias_offsets is given without bias"),
+    (biased(bias_offsets=[0, 4, T]), TypeError, "bias_offsets is list"),
+    (biased(bias_offsets=ints(0, 4, T)), TypeError, "bias_offsets is int32, expected int64"),
+    (biased(bias_offsets=longs(0, T)), ValueError, "bias_offsets has 2 entries, .* 3"),
+    (biased(bias_offsets=longs(0, 4, T)[None]), ValueError, r"bias_offsets has shape \(1, 3\)"),
+    (biased(bias_offsets=longs(0, 4, T).to("meta")), ValueError, "bias_offsets is on meta"),
+    (biased(bias_offsets=longs(1, 5, T)), ValueError, "bias_offsets starts at 1, expected 0"),
+    (biased(bias_offsets=longs(0, 5, T)), ValueError, "bias_offsets goes from 0 to 5 .* 4"),
+    (biased(bias_offsets=longs(0, 4, T + 1)), ValueError, "bias_offsets goes from 4 to 21 .* 16"),
+    (biased(bias_offsets=longs(0, -(2**62), T)), ValueError, "bias_offsets goes from 0 to -46"),
+    (shared(causal=True), ValueError, "global_kv does not go together with causal"),
+    (shared(window=(1, -1)), ValueError, "global_kv does not go together with window"),
+    (shared(alibi_slopes=torch.ones(H)), ValueError, "global_kv .* with alibi_slopes"),
+    (shared(rel_bias=torch.ones(H, 5)), ValueError, "global_kv .* with rel_bias"),
+    (shared(bias=torch.ones(T)), ValueError, "global_kv does not go together with bias"),
+    ({"global_kv": torch.ones(3, HK, D)}, TypeError, "global_kv is Tensor, expected"),
+    ({"global_kv": (G, G)}, ValueError, r"global_kv has 2 parts, expected \(k_g, v_g, group\)"),
+    (shared(k_g=torch.ones(3, H, D)), ValueError, r"global_kv\[0\] has shape \(3, 4, 8\)"),
+    (shared(k_g=G.double()), TypeError, r"global_kv\[0\] is float64"),
+    (shared(v_g=torch.ones(2, HK, D)), ValueError, r"global_kv\[1\] has shape \(2, 2, 8\)"),
+    (shared(v_g=G.to("meta")), ValueError, r"global_kv\[1\] is on meta"),
+    (shared(group=ints(0, 1)), TypeError, r"global_kv\[2\] is int32, expected int64"),
+    (shared(group=longs(0)), ValueError, r"global_kv\[2\] has 1 entries, expected B, 2"),
+    (shared(group=longs(0, 3)), ValueError, r"global_kv\[2\] holds 3, expected 0 <= row < 3"),
+    (shared(group=longs(-1, 0)), ValueError, r"global_kv\[2\] holds -1"),
 ]
 
 
@@ -168,8 +231,7 @@ def test_direct_calls_of_the_backward_are_checked_by_the_kernel(name):
         pytest.skip("no compiled library: the reference cannot read out of bounds")
     args = {**good(), **DEFAULTS, "dlse": None, "dout": torch.zeros(N, H, D)}
     args |= {"out": torch.zeros(N, H, D), "lse": torch.zeros(H, N), name: BWD[name]}
-    for forward_only in ("rel_bias", "bias", "bias_offsets", "dropout_p", "rng"):
-        del args[forward_only]
+    args |= {"rel_bias_grad": False, "bias_grad": False}
     with pytest.raises(RuntimeError, match=f"{name} has shape"):
         torch.ops.encfast.varlen_attn_bwd(**args)
 
