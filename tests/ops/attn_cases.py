@@ -26,6 +26,11 @@ class Case:
     alibi: str = ""  # "H" or "BH": the shape of the slopes
     softcap: float | None = None
     scale: float | None = None
+    rel: str = ""  # "H" or "NH": rel_bias [H, R] or [Nq, H, R]
+    rel_size: int = 33  # R
+    bias: str = ""  # "T" or "HT": bias [T] or [H, T]; "bool T", "bool HT"
+    bias_dtype: torch.dtype | None = None  # of both; that of the result by default
+    dropout: float | None = None
     layout: str = "contiguous"  # or qkv, transposed, expanded, offset
     degenerate: bool = False  # the result is meant to be mostly zero or empty
 
@@ -50,13 +55,21 @@ class Case:
             words.append(f"softcap{self.softcap:g}")
         if self.scale is not None:
             words.append(f"scale{self.scale:g}")
+        if self.rel:
+            words.append(f"rel{self.rel}{self.rel_size}")
+        if self.bias:
+            words.append(f"bias{self.bias.replace(' ', '')}")
+        if self.bias_dtype is not None:
+            words.append(str(self.bias_dtype).removeprefix("torch."))
+        if self.dropout:
+            words.append(f"dropout{self.dropout:g}")
         if self.layout != "contiguous":
             words.append(self.layout)
         return "-".join(words)
 
     @property
     def options(self) -> dict:
-        """Keyword arguments that op and reference share, cu_seqlens_k and slopes included."""
+        """Keyword arguments that op and reference share and that take no gradient."""
         generator = torch.Generator().manual_seed(2)
         slopes = None
         if self.alibi:
@@ -69,7 +82,13 @@ class Case:
             "window": self.window,
             "alibi_slopes": slopes,
             "softcap": self.softcap,
+            "dropout_p": self.dropout,
         }
+
+    @property
+    def pairs(self) -> int:
+        """T, the entries of one head's bias."""
+        return sum(a * b for a, b in zip(self.lens, self.lens_k or self.lens, strict=True))
 
 
 def cu_seqlens(lens) -> Tensor:
@@ -110,29 +129,94 @@ def in_layout(layout: str, i: int, shape, dtype, generator) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def run(attention, case: Case, qkv, douts, grad_dtype=None) -> dict[str, Tensor]:
-    """out, lse and all gradients of `attention(q, k, v) -> (out, lse)`."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out, lse = attention(*leaves)
+def make_biases(case: Case, dtype: torch.dtype, seed: int = 3) -> dict[str, Tensor]:
+    """rel_bias and bias of the case by name; in bias some keys, and all of one row, are hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = case.bias_dtype or dtype
+    biases = {}
+    if case.rel:
+        rows = (sum(case.lens),) if case.rel == "NH" else ()
+        biases["rel_bias"] = bias_in_layout(
+            case.layout, torch.randn(*rows, case.heads, case.rel_size, generator=generator), dtype
+        )
+    if case.bias:
+        heads = (case.heads,) if case.bias.endswith("HT") else ()
+        matrix = torch.randn(*heads, case.pairs, generator=generator)
+        hidden = torch.rand(matrix.shape, generator=generator) < 0.2
+        last_keys = (case.lens_k or case.lens)[-1]
+        hidden[..., case.pairs - last_keys :] = True
+        if case.bias.startswith("bool"):
+            matrix, dtype = ~hidden, torch.bool
+        else:
+            matrix = matrix.masked_fill(hidden, float("-inf"))
+        biases["bias"] = bias_in_layout(case.layout, matrix, dtype)
+    return biases
+
+
+def bias_in_layout(layout: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as it lies in memory under this layout; 'expanded' keeps one head, with stride 0."""
+    x = x.to(dtype)
+    if layout == "transposed":  # the last dimension is not contiguous
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "expanded" and x.dim() > 1:
+        return x.narrow(-2, 0, 1).expand_as(x)
+    if layout == "offset":
+        flat = torch.cat((x.new_zeros(1), x.flatten()))
+        return flat[1:].view(x.shape)
+    return x
+
+
+def run(attention, case: Case, qkv, douts, biases) -> dict[str, Tensor]:
+    """out, lse and all gradients of `attention(q, k, v, **biases) -> (out, lse)`."""
+    inputs = {**dict(zip("qkv", qkv, strict=True)), **biases}
+    inputs = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    out, lse = attention(**inputs)
     seen = torch.isfinite(lse)  # -inf where no key is visible: no gradient comes from there
     loss = (out * douts[0].to(out.dtype)).sum() + (lse.where(seen, 0) * douts[1]).sum()
-    return dict(zip(RESULTS, (out, lse, *torch.autograd.grad(loss, leaves)), strict=True))
+    leaves = {f"d{name}": x for name, x in inputs.items() if x.requires_grad}
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"out": out, "lse": lse, **dict(zip(leaves, grads, strict=True))}
 
 
-def run_op(case: Case, qkv, douts) -> dict[str, Tensor]:
-    def attention(q, k, v):
-        return ops.varlen_attn(q, k, v, cu_seqlens(case.lens), return_lse=True, **case.options)
+def drawn_key() -> Tensor:
+    """The key of a dropout mask that the op draws next after `torch.manual_seed(4)`."""
+    torch.manual_seed(4)
+    return torch.randint(0, 2**32, (2,), dtype=torch.int64)
 
-    return run(attention, case, qkv, douts)
+
+def run_op(case: Case, qkv, douts, biases=None) -> dict[str, Tensor]:
+    def attention(q, k, v, **biases):
+        torch.manual_seed(4)
+        cu = cu_seqlens(case.lens)
+        return ops.varlen_attn(q, k, v, cu, return_lse=True, **case.options, **biases)
+
+    if biases is None:
+        biases = make_biases(case, promoted(qkv))
+    return run(attention, case, qkv, douts, biases)
 
 
-def run_reference(case: Case, qkv, douts, compute_dtype=None) -> dict[str, Tensor]:
-    def attention(q, k, v):
+def run_reference(case: Case, qkv, douts, compute_dtype=None, biases=None) -> dict[str, Tensor]:
+    rng = drawn_key() if case.dropout else None
+
+    def attention(q, k, v, **biases):
         return reference(
-            q, k, v, cu_seqlens(case.lens), compute_dtype=compute_dtype, **case.options
+            q,
+            k,
+            v,
+            cu_seqlens(case.lens),
+            rng=rng,
+            compute_dtype=compute_dtype,
+            **case.options,
+            **biases,
         )
 
-    return run(attention, case, qkv, douts)
+    if biases is None:
+        biases = make_biases(case, promoted(qkv))
+    return run(attention, case, qkv, douts, biases)
+
+
+def promoted(qkv) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(qkv[0].dtype, qkv[1].dtype), qkv[2].dtype)
 
 
 def make_douts(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,14 +234,22 @@ def assert_matches_reference(case: Case, *dtypes: torch.dtype, few_elements: boo
     looks for wrong numbers rather than for lost digits.
     """
     qkv = make_qkv(case, *dtypes)
-    promoted = torch.promote_types(torch.promote_types(qkv[0].dtype, qkv[1].dtype), qkv[2].dtype)
-    douts = make_douts(case, promoted)
-    actual = run_op(case, qkv, douts)
-    expected = run_reference(case, [x.double() for x in qkv], douts)
-    plain = run_reference(case, qkv, douts, compute_dtype=promoted)
-    assert actual["out"].dtype == promoted and actual["lse"].dtype == torch.float32
+    dtype = promoted(qkv)
+    biases = make_biases(case, dtype)
+    douts = make_douts(case, dtype)
+    actual = run_op(case, qkv, douts, biases)
+    expected = run_reference(
+        case,
+        [x.double() for x in qkv],
+        douts,
+        biases={n: x.double() if x.is_floating_point() else x for n, x in biases.items()},
+    )
+    plain = run_reference(case, qkv, douts, compute_dtype=dtype, biases=biases)
+    assert actual["out"].dtype == dtype and actual["lse"].dtype == torch.float32
     assert [actual[f"d{n}"].dtype for n in "qkv"] == [x.dtype for x in qkv]
-    for name in RESULTS:
+    assert all(actual[f"d{n}"].dtype == x.dtype for n, x in biases.items() if f"d{n}" in expected)
+    assert actual.keys() == expected.keys()
+    for name in expected:
         assert actual[name].is_contiguous(), name
         assert_close_to_reference(
             f"{name} {'/'.join(str(d).removeprefix('torch.') for d in dtypes)}",

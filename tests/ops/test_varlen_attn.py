@@ -10,6 +10,8 @@ from attn_cases import (
     Case,
     assert_matches_reference,
     cu_seqlens,
+    drawn_key,
+    make_biases,
     make_douts,
     make_qkv,
     run_op,
@@ -96,33 +98,54 @@ REFERENCE_CASES = [
     Case((1, 4, 0, 3), head_size=3, heads=2),
     Case((1, 4, 0, 3), (2, 3, 2, 5), head_size=2, heads=4, kv_heads=2, causal=True, alibi="BH"),
     Case((2, 5), (4, 2), head_size=2, heads=2, window=(1, 0), softcap=1.5, alibi="H"),
+    Case((1, 4, 0), (2, 3, 2), head_size=2, kv_heads=2, rel="H", rel_size=3, bias="bool T"),
+    Case((2, 3), head_size=2, heads=2, rel="NH", rel_size=5, bias="HT", dropout=0.3),
+    Case((2, 0, 3), (1, 2, 4), head_size=2, heads=2, rel="H", rel_size=1, bias="T", softcap=1.5),
 ]
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("case", REFERENCE_CASES, ids=str)
 def test_reference_passes_gradcheck(case):
-    qkv = [x.requires_grad_() for x in make_qkv(case, torch.float64)]
+    inputs = dict(zip("qkv", make_qkv(case, torch.float64), strict=True))
+    inputs |= make_biases(case, torch.float64)
+    if case.bias and not case.bias.startswith("bool"):  # finite differences of -inf are NaN
+        inputs["bias"] = inputs["bias"].clamp(min=-2)
+    leaves = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
+    options = {"rng": drawn_key(), **case.options}
 
-    def f(q, k, v):
-        out, lse = ref.varlen_attn(q, k, v, cu_seqlens(case.lens), **case.options)
+    def f(*_):
+        out, lse = ref.varlen_attn(**inputs, cu_seqlens_q=cu_seqlens(case.lens), **options)
         return out, lse.where(torch.isfinite(lse), 0)
 
-    assert torch.autograd.gradcheck(f, qkv)
+    assert torch.autograd.gradcheck(f, leaves)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("case", REFERENCE_CASES, ids=str)
 def test_written_out_gradient_of_the_reference_is_its_autograd(case):
     qkv = make_qkv(case, torch.float64)
-    douts = make_douts(case, torch.float64)
-    want = run_reference(case, qkv, douts)
+    douts, biases = make_douts(case, torch.float64), make_biases(case, torch.float64)
+    want = run_reference(case, qkv, douts, biases=biases)
     dlse = douts[1].where(torch.isfinite(want["lse"]), 0)
     got = varlen_attn_bwd(
-        douts[0], dlse, *qkv, want["out"], want["lse"], cu_seqlens(case.lens), **case.options
+        douts[0],
+        dlse,
+        *qkv,
+        want["out"],
+        want["lse"],
+        cu_seqlens(case.lens),
+        rng=drawn_key(),
+        rel_bias_grad="drel_bias" in want,
+        bias_grad="dbias" in want,
+        **case.options,
+        **biases,
     )
-    for name, grad in zip(RESULTS[2:], got[:3], strict=True):
-        torch.testing.assert_close(grad, want[name], rtol=1e-12, atol=1e-12, msg=name)
+    for name, grad in zip(("dq", "dk", "dv", "drel_bias", "dbias"), got, strict=True):
+        if name in want:
+            torch.testing.assert_close(grad, want[name], rtol=1e-12, atol=1e-12, msg=name)
+        else:
+            assert grad.shape == (0,), name
 
 
 def test_reference_agrees_with_sdpa():

@@ -35,8 +35,12 @@ def test_every_isa_of_this_machine_matches_the_reference(isa):
         f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
     )
-    cases = "matches_reference or mixed or visible_key or is_exact or share_a_place"
-    tests = ("tests/ops/test_varlen_attn.py", "tests/ops/test_pad.py", "-k", cases)
+    cases = (
+        "match_reference or matches_reference or mixed or visible_key or hidden or far_from or "
+        "the_mask_is or another_dtype or short or is_exact or share_a_place"
+    )
+    files = ("varlen_attn", "varlen_attn_bias", "varlen_attn_dropout", "pad")
+    tests = (*(f"tests/ops/test_{name}.py" for name in files), "-k", cases)
     assert " passed" in python("-c", run, *tests, ENCFAST_CPU_ISA=isa, OMP_NUM_THREADS="1")
 
 
