@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -113,6 +115,49 @@ def test_opcheck_varlen_attn_with_every_option():
     torch.library.opcheck(ATTN, args)
 
 
+BIASES = {
+    "rel_bias table": {"rel_bias": torch.randn(4, 5)},
+    "rel_bias rows": {"rel_bias": torch.randn(9, 4, 3).bfloat16()},
+    "bias shared": {"bias": torch.randn(24)},
+    "bias per head": {"bias": torch.randn(24, 4).half().mT},
+    "bias expanded": {"bias": torch.randn(24).expand(4, -1), "rel_bias": torch.randn(4, 1)},
+    "bias bool": {"bias": torch.rand(24) < 0.7},
+    "dropout": {"dropout_p": 0.3, "rng": torch.tensor([5, 6])},
+    "all": {
+        "rel_bias": torch.randn(4, 5),
+        "bias": torch.randn(4, 24),
+        "dropout_p": 0.3,
+        "rng": torch.tensor([5, 6]),
+        "alibi_slopes": torch.rand(4),
+        "softcap": 3.0,
+        "window": (3, 2),
+    },
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_opcheck_varlen_attn_with_biases(name, dtype):
+    """Lengths (1, 3, 0, 5) and (4, 0, 3, 4): matrices of 4, 0, 0 and 20 entries."""
+    options = {n: x.detach() if isinstance(x, Tensor) else x for n, x in BIASES[name].items()}
+    if "bias" in options:
+        options["bias_offsets"] = torch.tensor([0, 4, 4, 4, 24])
+    wanted = [n in options and options[n].is_floating_point() for n in ("rel_bias", "bias")]
+    for n in itertools.compress(("rel_bias", "bias"), wanted):
+        options[n].requires_grad_()
+    q, k, v = (torch.randn(n, h, 8).to(dtype) for n, h in ((9, 4), (11, 2), (11, 2)))
+    lengths = (cu_seqlens(1, 3, 0, 5), cu_seqlens(4, 0, 3, 4))
+    args = attn_args(*(x.requires_grad_() for x in (q, k, v)), *lengths, **options)
+    torch.library.opcheck(ATTN, args)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    out, lse = ATTN(*detached)
+    torch.library.opcheck(
+        ATTN_BWD,
+        (torch.randn_like(out), None, *detached[:3], out, lse, *detached[3:], *wanted),
+    )
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "empty", "D1"])
@@ -174,12 +219,20 @@ def graphs():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_varlen_attn_compiles_once_for_ragged_shapes(graphs, checkpointed):
     """max_seqlen is a SymInt: as an int argument it made one graph per batch."""
-    weight, slopes = torch.randn(16, 48), torch.rand(2)
+    weight, slopes, table = torch.randn(16, 48), torch.rand(2), torch.randn(2, 7)
 
     def block(x, cu, max_seqlen):
         q, k, v = (x @ weight).view(-1, 3, 2, 8).unbind(1)
         out = ops.varlen_attn(
-            q, k, v, cu, max_seqlen_q=max_seqlen, window=(4, -1), alibi_slopes=slopes
+            q,
+            k,
+            v,
+            cu,
+            max_seqlen_q=max_seqlen,
+            window=(4, -1),
+            alibi_slopes=slopes,
+            rel_bias=table * x.mean(),
+            dropout_p=0.2,
         )
         return x + out.flatten(1)
 
@@ -197,6 +250,7 @@ def test_varlen_attn_compiles_once_for_ragged_shapes(graphs, checkpointed):
         results = []
         for f in (compiled, step):
             leaf = x.clone().requires_grad_()
+            torch.manual_seed(0)
             out = f(leaf, cu, max(lens))
             results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
         for got, want in zip(*results, strict=True):
@@ -266,6 +320,31 @@ def test_compiled_code_never_reads_out_of_bounds(graphs):
 
 
 @pytest.mark.quick
+def test_a_packed_bias_compiles_and_is_never_read_out_of_bounds(graphs):
+    """Its offsets are computed in the graph; those of another batch end in an exception."""
+
+    def f(q, bias, cu, offsets=None):
+        return ops.varlen_attn(q, q, q, cu, bias=bias, bias_offsets=offsets)
+
+    compiled = torch.compile(f, backend=graphs, fullgraph=True, dynamic=True)
+    for lens in SIX_RAGGED:
+        q, bias = torch.randn(sum(lens), 2, 8), torch.randn(sum(n * n for n in lens))
+        results = []
+        for g in (compiled, f):
+            leaves = [x.clone().requires_grad_() for x in (q, bias)]
+            out = g(*leaves, cu_seqlens(*lens))
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert graphs.count <= 2
+    for bad in ((0, 4, 19), (0, -4, 20), (1, 5, 20), (0, 16, 20)):
+        with pytest.raises((RuntimeError, ValueError), match="bias"):
+            compiled(torch.randn(6, 2, 8), torch.randn(20), cu_seqlens(2, 4), torch.tensor(bad))
+    with pytest.raises((RuntimeError, ValueError), match="bias"):
+        compiled(torch.randn(6, 2, 8), torch.randn(19), cu_seqlens(2, 4))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     cu = cu_seqlens(3, 0, 6)
@@ -324,6 +403,9 @@ def test_no_device_sync_on_a_gpu():
         slopes = torch.empty(2, device="cuda")
         out = ops.varlen_attn(q, q, q, cu, max_seqlen_q=7, alibi_slopes=slopes)
         assert out.shape == q.shape and out.device.type == "cuda"
+        table, bias = torch.empty(2, 5, device="cuda"), torch.empty(2, 9, device="cuda")
+        options = {"rel_bias": table, "bias": bias}
+        assert ops.varlen_attn(q, q, q, cu, max_seqlen_q=7, **options).shape == q.shape
         assert ops.select_rows(q, rows).shape == (4, 2, 8)
         assert ops.scatter_rows(ops.select_rows(q, rows), rows, 9).shape == (9, 2, 8)
         table = torch.empty(9, 4, device="cuda")

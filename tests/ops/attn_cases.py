@@ -230,8 +230,9 @@ def make_douts(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def assert_matches_reference(case: Case, *dtypes: torch.dtype, few_elements: bool = False) -> None:
     """The tolerance rule for out, lse and every gradient; dtypes and layout of the results.
 
-    On a few elements the largest error of the plain maths may be small by luck; the rule then
-    looks for wrong numbers rather than for lost digits.
+    On a few elements the largest error of the plain maths may be small by luck, and with one
+    visible key dq and dk are what is left of a difference; the rule then looks for wrong numbers
+    rather than for lost digits, at the scale of the largest gradient.
     """
     qkv = make_qkv(case, *dtypes)
     dtype = promoted(qkv)
@@ -249,15 +250,18 @@ def assert_matches_reference(case: Case, *dtypes: torch.dtype, few_elements: boo
     assert [actual[f"d{n}"].dtype for n in "qkv"] == [x.dtype for x in qkv]
     assert all(actual[f"d{n}"].dtype == x.dtype for n, x in biases.items() if f"d{n}" in expected)
     assert actual.keys() == expected.keys()
+    scale = {n: max(x[x.isfinite()].abs().tolist(), default=0.0) for n, x in expected.items()}
+    largest = max(x for n, x in scale.items() if n.startswith("d"))
     for name in expected:
         assert actual[name].is_contiguous(), name
+        above = largest / max(scale[name], 1e-30) if name.startswith("d") else 1
         assert_close_to_reference(
             f"{name} {'/'.join(str(d).removeprefix('torch.') for d in dtypes)}",
             actual[name],
             expected[name],
             plain[name],
             factor=8 if few_elements else 3 if name.startswith("d") else 2,
-            eps_factor=8 if few_elements else 1,
+            eps_factor=8 * max(above, 1) if few_elements else 1,
             allow_degenerate=case.degenerate,
         )
     seen = torch.isfinite(expected["lse"])

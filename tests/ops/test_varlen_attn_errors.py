@@ -164,6 +164,14 @@ def test_the_good_call_is_good():
     ops.varlen_attn(**good(), max_seqlen_q=4, max_seqlen_k=9, window=[0, 3], dropout_p=0.0, scale=1)
 
 
+def offset(**other):
+    return {"bias": torch.ones(T), "bias_offsets": longs(0, 4, T), **other}
+
+
+def keyed(**other):
+    return {"dropout_p": 0.5, "rng": longs(1, 2), **other}
+
+
 # Direct calls skip the Python checks; the kernel's own must hold.
 DIRECT = [
     ({"q": torch.randn(N, H)}, "q"),
@@ -188,7 +196,31 @@ DIRECT = [
     ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
     ({"alibi_slopes": torch.ones(H).double()}, "alibi_slopes"),
     ({"rel_bias": torch.ones(3)}, "rel_bias"),
-    ({"dropout_p": 0.5}, "dropout_p"),
+    ({"rel_bias": torch.ones(HK, 5)}, "rel_bias"),
+    ({"rel_bias": torch.ones(N + 1, H, 5)}, "rel_bias"),
+    ({"rel_bias": torch.ones(H, 4)}, "rel_bias"),
+    ({"rel_bias": torch.ones(H, 0)}, "rel_bias"),
+    ({"rel_bias": torch.ones(H, 5).double()}, "rel_bias"),
+    (offset(bias=torch.ones(T - 1)), "bias"),
+    (offset(bias=torch.ones(T + 1)), "bias"),
+    (offset(bias=torch.ones(HK, T)), "bias"),
+    (offset(bias=torch.ones(1, H, T)), "bias"),
+    (offset(bias=torch.ones(T).double()), "bias"),
+    (offset(bias=None), "bias"),
+    (offset(bias_offsets=ints(0, 4, T)), "bias_offsets"),
+    (offset(bias_offsets=longs(0, T)), "bias_offsets"),
+    (offset(bias_offsets=longs(0, 4, T)[None]), "bias_offsets"),
+    (offset(bias_offsets=longs(1, 5, T)), "bias_offsets"),
+    (offset(bias_offsets=longs(0, 16, T)), "bias_offsets"),
+    (offset(bias_offsets=longs(0, 2**62, T)), "bias_offsets"),
+    (offset(bias_offsets=longs(0, -(2**62), T)), "bias_offsets"),
+    (keyed(dropout_p=1.0), "dropout_p"),
+    (keyed(dropout_p=-0.5), "dropout_p"),
+    (keyed(dropout_p=float("nan")), "dropout_p"),
+    (keyed(rng=None), "rng"),
+    (keyed(rng=longs(1)), "rng"),
+    (keyed(rng=ints(1, 2)), "rng"),
+    (keyed(rng=longs(1, 2)[None]), "rng"),
 ]
 DEFAULTS = {
     "cu_seqlens_k": None,
@@ -216,24 +248,31 @@ def test_direct_calls_are_checked_by_the_kernel(bad, message):
         torch.ops.encfast.varlen_attn(**{**good(), **DEFAULTS, **bad})
 
 
-BWD = {
-    "lse": torch.zeros(H, N + 1),
-    "dlse": torch.zeros(H - 1, N),
-    "out": torch.zeros(N, H, D + 1),
-    "dout": torch.zeros(N - 1, H, D),
-}
+BWD = [
+    ({"lse": torch.zeros(H, N + 1)}, "lse has shape"),
+    ({"dlse": torch.zeros(H - 1, N)}, "dlse has shape"),
+    ({"out": torch.zeros(N, H, D + 1)}, "out has shape"),
+    ({"dout": torch.zeros(N - 1, H, D)}, "dout has shape"),
+    ({"rel_bias_grad": True}, "rel_bias"),
+    ({"bias_grad": True}, "bias"),
+    (offset(bias=torch.ones(T) > 0, bias_grad=True), "bias"),
+    (offset(bias_offsets=longs(0, 16, T)), "bias_offsets"),
+    ({"rel_bias": torch.ones(H, 4)}, "rel_bias"),
+    (keyed(rng=longs(1)), "rng"),
+]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", BWD)
-def test_direct_calls_of_the_backward_are_checked_by_the_kernel(name):
+@pytest.mark.parametrize(("bad", "message"), BWD, ids=lambda x: x if isinstance(x, str) else "")
+def test_direct_calls_of_the_backward_are_checked_by_the_kernel(bad, message):
     if ops.backends("varlen_attn")["cpu"] != "native":
         pytest.skip("no compiled library: the reference cannot read out of bounds")
     args = {**good(), **DEFAULTS, "dlse": None, "dout": torch.zeros(N, H, D)}
-    args |= {"out": torch.zeros(N, H, D), "lse": torch.zeros(H, N), name: BWD[name]}
+    args |= {"out": torch.zeros(N, H, D), "lse": torch.zeros(H, N)}
     args |= {"rel_bias_grad": False, "bias_grad": False}
-    with pytest.raises(RuntimeError, match=f"{name} has shape"):
-        torch.ops.encfast.varlen_attn_bwd(**args)
+    torch.ops.encfast.varlen_attn_bwd(**args)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.encfast.varlen_attn_bwd(**{**args, **bad})
 
 
 @pytest.mark.quick

@@ -5,7 +5,7 @@ import itertools
 import hypothesis.strategies as st
 import pytest
 import torch
-from attn_cases import Case, assert_matches_reference, make_qkv
+from attn_cases import Case, assert_matches_reference, make_biases, make_qkv
 from hypothesis import HealthCheck, assume, given, settings
 
 from encfast import ops
@@ -56,6 +56,11 @@ def cases(draw):
         alibi=draw(st.sampled_from(("", "H", "BH"))),
         softcap=draw(st.sampled_from((None, 0.5, 30.0))),
         scale=draw(st.sampled_from((None, 0.05, -0.3, 1.0))),
+        rel=draw(st.sampled_from(("", "", "H", "NH"))),
+        rel_size=2 * draw(st.one_of(st.integers(0, 3), st.integers(0, 150))) + 1,
+        bias=draw(st.sampled_from(("", "", "T", "HT", "bool T", "bool HT"))),
+        bias_dtype=draw(st.one_of(st.none(), DTYPES)),
+        dropout=draw(st.sampled_from((None, None, 0.0, 0.1, 0.7))),
         layout=layout,
         degenerate=True,  # tiny draws often are
     )
@@ -110,6 +115,64 @@ def test_corrupted_lengths_are_refused(ends, max_seqlen, rows):
                 call()
 
 
+@settings(FUZZ, max_examples=200)
+@given(
+    offsets=st.one_of(
+        st.just([0, 4, 4, 13]),
+        st.lists(
+            st.one_of(st.integers(-2, 20), st.integers(-(2**63), 2**63 - 1)),
+            min_size=3,
+            max_size=5,
+        ),
+    ),
+    count=st.one_of(st.just(13), st.integers(0, 20)),
+    heads=st.sampled_from(((), (2,), (1,))),
+    boolean=st.booleans(),
+)
+def test_corrupted_bias_offsets_are_refused(offsets, count, heads, boolean):
+    """Through the public function and directly, as a compiled graph would call."""
+    q = torch.randn(5, 2, 8)
+    cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    bias = torch.ones(*heads, count)
+    bias, given = bias > 0 if boolean else bias, torch.tensor(offsets, dtype=torch.int64)
+    valid = offsets == [0, 4, 4, 13] and count == 13 and heads != (1,)
+
+    def public():
+        return ops.varlen_attn(q, q, q, cu, bias=bias, bias_offsets=given)
+
+    def direct():
+        nones = (None,) * 4
+        return torch.ops.encfast.varlen_attn(
+            q, q, q, cu, *nones, False, [-1, -1], None, None, bias, given, None, None, None
+        )[0]
+
+    for call in (public, direct):
+        if valid:
+            assert torch.isfinite(call()).all()
+        else:
+            with pytest.raises((ValueError, RuntimeError), match=r"varlen_attn: .*bias"):
+                call()
+
+
+@settings(FUZZ, max_examples=200)
+@given(
+    name=st.sampled_from(("rel_bias", "bias")),
+    shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.bool, torch.float64, torch.int32)),
+    dropout_p=st.one_of(st.none(), st.floats(), st.integers(-1, 1)),
+)
+def test_random_biases_are_served_or_refused(name, shape, dtype, dropout_p):
+    q = torch.randn(3, 2, 8)
+    cu = torch.tensor([0, 2, 3], dtype=torch.int32)
+    value = torch.ones(shape).to(dtype)
+    try:
+        out = ops.varlen_attn(q, q, q, cu, dropout_p=dropout_p, **{name: value})
+    except (TypeError, ValueError) as error:
+        assert "varlen_attn: " in str(error)
+    else:
+        assert out.shape == q.shape and torch.isfinite(out).all()
+
+
 @settings(FUZZ, max_examples=150)
 @given(
     shapes=st.tuples(*[st.lists(st.integers(0, 5), max_size=4).map(tuple)] * 3),
@@ -138,7 +201,7 @@ def test_a_nan_stays_in_its_sequence(case, at):
     for x in qkv:
         x[row] = float("nan")
     ends = torch.tensor([0, *case.lens]).cumsum(0).to(torch.int32)
-    out = ops.varlen_attn(*qkv, ends, **case.options)
+    out = ops.varlen_attn(*qkv, ends, **case.options, **make_biases(case, torch.bfloat16))
     owner = int(torch.searchsorted(ends[1:].long(), row, right=True))
     clean = torch.ones(len(out), dtype=torch.bool)
     clean[ends[owner] : ends[owner + 1]] = False
