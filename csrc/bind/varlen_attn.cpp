@@ -13,6 +13,7 @@
 
 #include "bind/pool.h"
 #include "bind/tensor_util.h"
+#include "bind/varlen_attn_bias.h"
 #include "common/schedule.h"
 #include "cpu/isa.h"
 
@@ -26,19 +27,6 @@ using OptTensor = std::optional<Tensor>;
 using OptInt = std::optional<int64_t>;
 using OptDouble = std::optional<double>;
 
-DType core_dtype(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": ", name, " is not float32, bfloat16 or float16");
-  }
-}
-
 // Any two different ones of the three dtypes promote to float32.
 ScalarType promoted(const Tensor& q, const Tensor& k, const Tensor& v) {
   const ScalarType t = q.scalar_type();
@@ -50,7 +38,7 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const auto& [name, x] : named) {
     check_cpu(kOp, name, x);
     check_dim(kOp, name, x, 3);
-    core_dtype(name, x);
+    core_dtype(kOp, name, x);
   }
   check_same_shape(kOp, "v", v, "k", k);
   STD_TORCH_CHECK(q.size(2) >= 1 && q.size(2) <= kMaxHeadSize, kOp, ": q has head size ", q.size(2),
@@ -119,15 +107,20 @@ struct Slopes {
 struct Problem {
   Lengths lengths_q, lengths_k;
   Slopes slopes;
+  RelBiasArgument rel_bias;
   VarlenAttnGeometry g{};
+  std::optional<PairBiasArgument> bias;  // its shape follows from g
 
   Problem(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
           const OptTensor& cu_seqlens_k, const OptInt& max_seqlen_q, const OptInt& max_seqlen_k,
           const OptDouble& scale, bool causal, const std::vector<int64_t>& window,
-          const OptTensor& alibi_slopes, const OptDouble& softcap)
+          const OptTensor& alibi_slopes, const OptTensor& rel_bias_, const OptTensor& bias_,
+          const OptTensor& bias_offsets, const OptDouble& softcap, const OptDouble& dropout_p,
+          const OptTensor& rng)
       : lengths_q("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.size(0)),
         lengths_k("cu_seqlens_k", cu_seqlens_k.value_or(cu_seqlens_q), max_seqlen_k, k.size(0)),
-        slopes(alibi_slopes, lengths_q.batch, q.size(1)) {
+        slopes(alibi_slopes, lengths_q.batch, q.size(1)),
+        rel_bias(kOp, rel_bias_, q.size(1), q.size(0)) {
     STD_TORCH_CHECK(lengths_q.batch == lengths_k.batch, kOp, ": cu_seqlens_k has ",
                     lengths_k.batch + 1, " entries, cu_seqlens_q has ", lengths_q.batch + 1);
     STD_TORCH_CHECK(window.size() == 2 && window[0] >= -1 && window[1] >= -1, kOp,
@@ -151,6 +144,9 @@ struct Problem {
     g.right = causal ? 0 : window[1];
     g.alibi_slopes = slopes.data();
     g.alibi_batch_stride = slopes.batch_stride;
+    g.rel_bias = rel_bias.core;
+    g.bias = bias.emplace(kOp, bias_, bias_offsets, g).core;
+    g.dropout = dropout_of(kOp, dropout_p, rng);
   }
 };
 
@@ -190,19 +186,17 @@ std::tuple<Tensor, Tensor> varlen_attn_cpu(
     const OptDouble& scale, bool causal, const std::vector<int64_t>& window,
     const OptTensor& alibi_slopes, const OptTensor& rel_bias, const OptTensor& bias,
     const OptTensor& bias_offsets, const OptDouble& softcap, const OptDouble& dropout_p,
-    const OptTensor& /*rng*/) {
-  STD_TORCH_CHECK(!rel_bias && !bias && !bias_offsets && dropout_p.value_or(0) == 0, kOp,
-                  ": rel_bias, bias, bias_offsets and dropout_p are not served yet");
+    const OptTensor& rng) {
   check_qkv(q, k, v);
   Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                  window, alibi_slopes, softcap);
+                  window, alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, rng);
   VarlenAttnGeometry& g = problem.g;
 
   const ScalarType dtype = promoted(q, k, v);
   const Tensor qc = prepared(q, dtype), kc = prepared(k, dtype), vc = prepared(v, dtype);
   Tensor out = new_contiguous(q, q.sizes(), dtype);
   Tensor lse = new_contiguous(q, {g.H, g.Nq}, ScalarType::Float);
-  g.dtype = core_dtype("q", qc);
+  g.dtype = core_dtype(kOp, "q", qc);
 
   TorchPool pool;
   const VarlenAttnKernels& kernels = cpu_kernels().varlen_attn;
@@ -214,14 +208,16 @@ std::tuple<Tensor, Tensor> varlen_attn_cpu(
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attn_bwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attn_bwd_cpu(
     const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const OptTensor& cu_seqlens_k,
     const OptInt& max_seqlen_q, const OptInt& max_seqlen_k, const OptDouble& scale, bool causal,
-    const std::vector<int64_t>& window, const OptTensor& alibi_slopes, const OptDouble& softcap) {
+    const std::vector<int64_t>& window, const OptTensor& alibi_slopes, const OptTensor& rel_bias,
+    const OptTensor& bias, const OptTensor& bias_offsets, const OptDouble& softcap,
+    const OptDouble& dropout_p, const OptTensor& rng, bool rel_bias_grad, bool bias_grad) {
   check_qkv(q, k, v);
   Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                  window, alibi_slopes, softcap);
+                  window, alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p, rng);
   VarlenAttnGeometry& g = problem.g;
   const auto check_like_lse = [&](const char* name, const Tensor& x) {
     check_cpu(kOp, name, x);
@@ -244,17 +240,19 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attn_bwd_cpu(
   Tensor dq = new_contiguous(q, q.sizes(), dtype);
   Tensor dk = new_contiguous(k, k.sizes(), dtype);
   Tensor dv = new_contiguous(v, v.sizes(), dtype);
-  g.dtype = core_dtype("q", qc);
+  const BiasGradients bias_grads(kOp, q, g, rel_bias, rel_bias_grad, bias, bias_grad);
+  g.dtype = core_dtype(kOp, "q", qc);
 
   TorchPool pool;
   const VarlenAttnKernels& kernels = cpu_kernels().varlen_attn;
   const Plan plan(g, plan_bwd(g), kernels.bwd_workspace_bytes(g), pool.threads(), q);
-  kernels.bwd({g, rows_of(qc), rows_of(kc), rows_of(vc), rows_of(outc), rows_of(doutc),
-               lsec.const_data_ptr<float>(), mutable_rows_of(dq), mutable_rows_of(dk),
-               mutable_rows_of(dv), dlsec ? dlsec->const_data_ptr<float>() : nullptr},
-              pool.pool());
+  kernels.bwd(
+      {g, rows_of(qc), rows_of(kc), rows_of(vc), rows_of(outc), rows_of(doutc),
+       lsec.const_data_ptr<float>(), mutable_rows_of(dq), mutable_rows_of(dk), mutable_rows_of(dv),
+       dlsec ? dlsec->const_data_ptr<float>() : nullptr, bias_grads.core()},
+      pool.pool());
   return {to_dtype(dq, q.scalar_type()), to_dtype(dk, k.scalar_type()),
-          to_dtype(dv, v.scalar_type())};
+          to_dtype(dv, v.scalar_type()), bias_grads.rel_bias(), bias_grads.bias()};
 }
 
 }  // namespace

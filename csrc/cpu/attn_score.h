@@ -1,10 +1,10 @@
-// From raw products q.k to softmax: scale, softcap, ALiBi, visibility, running maximum and sum.
+// From raw products q.k to softmax: scale, softcap, biases, visibility, running maximum and sum.
 //
 // Lanes are queries and rows are keys, so every reduction over keys is vertical: one max and one
 // add per vector, no shuffles. Key blocks that every query of the block sees skip the visibility
 // test.
 #pragma once
-#include "attn_pack.h"
+#include "attn_bias.h"
 #include "vec_math.h"
 
 namespace encfast::ENCFAST_ISA {
@@ -24,6 +24,7 @@ struct ScoreRule {
   float scale, softcap;
   float slope;  // ALiBi
   bool alibi;
+  bool biased;  // rel_bias or bias
   int64_t left, right;
   int64_t len_k, shift;  // query row i stands at key position i + shift
 
@@ -32,13 +33,14 @@ struct ScoreRule {
         softcap(g.softcap),
         slope(g.alibi_slopes ? g.alibi_slopes[b * g.alibi_batch_stride + h] : 0.0f),
         alibi(g.alibi_slopes != nullptr),
+        biased(g.rel_bias.data != nullptr || g.bias.data != nullptr),
         left(g.left),
         right(g.right),
         len_k(len_k_),
         shift(len_k_ - len_q) {}
 
   // A positive multiple of the raw product: maxima can be taken before scaling.
-  bool is_linear() const { return softcap == 0.0f && !alibi && scale > 0.0f; }
+  bool is_linear() const { return softcap == 0.0f && !alibi && !biased && scale > 0.0f; }
 
   // Keys some query of rows [begin, end) sees, and keys all of them see.
   KeyRange visible(int64_t begin, int64_t end) const {
@@ -72,18 +74,21 @@ struct ScoreUnit {
   }
 };
 
-// What a score needs beyond scale: each mode is one instantiation of the loops below. Softcap is
-// rare and slow anyhow, so it carries the other two with it.
-enum class ScoreMode { kLinear, kLinearMasked, kAlibi, kAlibiMasked, kSoftcap };
+// What a score needs beyond scale: each mode is one instantiation of the loops below. kBiased adds
+// a LaneRows (attn_bias.h) and is slower anyhow, so it carries ALiBi, the mask and, in the
+// backward, dropout; kSoftcap carries all of that.
+enum class ScoreMode { kLinear, kLinearMasked, kAlibi, kAlibiMasked, kBiased, kSoftcap };
 
 template <ScoreMode kM>
 struct ModeTag {
   static constexpr ScoreMode value = kM;
 };
 
+// `biased`: there is something to add, or dropout.
 template <class F>
-ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool masked, F f) {
+ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool biased, bool masked, F f) {
   if (rule.softcap != 0.0f) return f(ModeTag<ScoreMode::kSoftcap>{});
+  if (biased) return f(ModeTag<ScoreMode::kBiased>{});
   if (rule.alibi && masked) return f(ModeTag<ScoreMode::kAlibiMasked>{});
   if (rule.alibi) return f(ModeTag<ScoreMode::kAlibi>{});
   if (masked) return f(ModeTag<ScoreMode::kLinearMasked>{});
@@ -94,17 +99,20 @@ ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool masked, F f) {
 template <ScoreMode kM>
 struct LaneScore {
   static constexpr bool kSoftcap = kM == ScoreMode::kSoftcap;
+  static constexpr bool kBiased = kSoftcap || kM == ScoreMode::kBiased;
   static constexpr bool kAlibi =
-      kSoftcap || kM == ScoreMode::kAlibi || kM == ScoreMode::kAlibiMasked;
+      kBiased || kM == ScoreMode::kAlibi || kM == ScoreMode::kAlibiMasked;
   static constexpr bool kMasked =
-      kSoftcap || kM == ScoreMode::kLinearMasked || kM == ScoreMode::kAlibiMasked;
+      kBiased || kM == ScoreMode::kLinearMasked || kM == ScoreMode::kAlibiMasked;
 
   Vec scale, cap, slope, position, first_key, last_key;
+  LaneRows bias;
 
   // Lanes are query rows from `row` on; `key` is the block's first key. Positions are relative to
   // the block so that floats hold them exactly wherever they decide visibility. Scores come
-  // multiplied by `unit`.
-  LaneScore(const ScoreRule& r, int64_t row, int64_t key, float unit) {
+  // multiplied by `unit`, as `bias_` already is.
+  LaneScore(const ScoreRule& r, int64_t row, int64_t key, float unit, LaneRows bias_)
+      : bias(bias_) {
     const Vec inf = splat(__builtin_inff());
     scale = splat(kSoftcap ? r.scale / r.softcap : r.scale * unit);
     cap = splat(r.softcap * unit);
@@ -116,8 +124,9 @@ struct LaneScore {
 
   // Score + shift of raw product s with the block's key j. With a softcap, *tanh_out
   // receives its tanh, whose derivative the backward needs.
-  ENCFAST_INLINE Vec operator()(Vec s, float j, Vec shift, Vec* tanh_out) const {
-    const Vec key = splat(j);
+  ENCFAST_INLINE Vec operator()(Vec s, int j, Vec shift, Vec* tanh_out) const {
+    const Vec key = splat(static_cast<float>(j));
+    if constexpr (kBiased) shift += bias.at(j);
     Vec x;
     if constexpr (kSoftcap) {
       const Vec t = tanh(s * scale);
@@ -154,14 +163,14 @@ inline void max_over_keys(const float* s, int n, Vec m[kVecs]) {
 // Replaces raw products by scores in place, times `unit`.
 template <int kVecs>
 inline void apply_rule(const ScoreRule& rule, bool masked, float unit, int64_t row, int64_t key,
-                       int n, float* s) {
-  with_mode(rule, masked, [&](auto tag) {
+                       int n, LaneRows bias, float* s) {
+  with_mode(rule, rule.biased, masked, [&](auto tag) {
     for (int v = 0; v < kVecs; ++v) {
-      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, unit);
+      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, unit, bias.vec(v));
       for (int j = 0; j < n; ++j) {
         float* p = s + j * kLanes + v * kW;
         Vec unused;
-        store(p, score(load(p), static_cast<float>(j), zeros(), &unused));
+        store(p, score(load(p), j, zeros(), &unused));
       }
     }
   });
@@ -172,11 +181,12 @@ template <int kVecs, class Unit>
 struct RunningSoftmax {
   Vec max_score[kVecs], sum[kVecs];
 
-  // Lowest finite, so that -inf - max_score is -inf and never NaN. A lane that has seen no key ends
-  // with sum 0, every other with sum >= 1 or NaN.
+  // Finite, so that -inf - max_score is -inf and never NaN; scores below count as -inf, which the
+  // lowest finite numbers that stand for "masked" thereby do in every dtype and unit. A lane that
+  // has seen no key ends with sum 0, every other with sum >= 1 or NaN.
   void reset() {
     for (int v = 0; v < kVecs; ++v) {
-      max_score[v] = splat(-3.4e38f);
+      max_score[v] = splat(-1e38f);
       sum[v] = zeros();
     }
   }

@@ -48,12 +48,16 @@ struct Bundles {
   int64_t size;
 };
 
-// Runs Pass on each task, in the workspace of the slot that takes it.
-template <class Pass, class Params>
-void run_tasks(const Params& params, const Pool& pool) {
-  const int64_t n = params.g.n_tasks;
+int64_t bundle_size(int64_t n, const Pool& pool) {
   const int64_t fair = n / (kBundlesPerThread * pool.threads(pool.self));
-  const int64_t size = fair < 1 ? 1 : fair < kBundle ? fair : kBundle;
+  return fair < 1 ? 1 : fair < kBundle ? fair : kBundle;
+}
+
+// Runs Pass on each task, in the workspace of the slot that takes it. Bundles of `size` neighbours
+// run in order on one slot.
+template <class Pass, class Params>
+void run_tasks(const Params& params, int64_t size, const Pool& pool) {
+  const int64_t n = params.g.n_tasks;
   Bundles<Params> bundles{params, size};
   pool.run(
       pool.self, (n + size - 1) / size,
@@ -79,10 +83,28 @@ int64_t bwd_workspace_bytes(const VarlenAttnGeometry& g) {
       g, [&](auto t) { return Backward<typename decltype(t)::type>::workspace_bytes(g); });
 }
 void fwd(const VarlenAttnFwdParams& p, const Pool& pool) {
-  with_tiles(p.g, [&](auto t) { run_tasks<Forward<typename decltype(t)::type>>(p, pool); });
+  with_tiles(p.g, [&](auto t) {
+    run_tasks<Forward<typename decltype(t)::type>>(p, bundle_size(p.g.n_tasks, pool), pool);
+  });
 }
+
+// Key heads that add to one gradient are the neighbours of one bundle.
+int64_t bwd_bundle_size(const VarlenAttnBwdParams& p, const Pool& pool) {
+  const bool sum_heads = p.bias_grads.bias && p.bias_grads.bias_head_stride == 0;
+  return sum_heads ? p.g.Hk : bundle_size(p.g.n_tasks, pool);
+}
+
 void bwd(const VarlenAttnBwdParams& p, const Pool& pool) {
-  with_tiles(p.g, [&](auto t) { run_tasks<Backward<typename decltype(t)::type>>(p, pool); });
+  with_tiles(p.g, [&](auto t) {
+    run_tasks<Backward<typename decltype(t)::type>>(p, bwd_bundle_size(p, pool), pool);
+  });
+  if (!p.bias_grads.rel_bias || p.g.rel_bias.per_query) return;
+  pool.run(
+      pool.self, p.g.H,
+      [](int64_t head, int, void* ctx) {
+        reduce_rel_partials(*static_cast<const VarlenAttnBwdParams*>(ctx), head);
+      },
+      const_cast<VarlenAttnBwdParams*>(&p));
 }
 
 }  // namespace

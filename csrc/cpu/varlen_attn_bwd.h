@@ -10,14 +10,18 @@
 //         for each tile of kLanes queries
 //           S^T = K Q^T, dP^T = V dO^T                     [keys][kLanes], L1
 //           P^T = exp(score(S^T) - lse)
-//           dS^T = P^T (dP^T - delta) d score / d S
+//           dS^T = P^T (dP^T - delta) d score / d S        and from it the gradients of biases
 //           dQ^T += K^T dS^T                               [D][kLanes]
 //         dV += P^T dO, dK += dS^T Q                       [keys][D], once per kQueryBlock queries
 //     store dk and dv of the panel
 //
+// Dropout multiplies dP and, for dV, P by its factors; delta is the same with and without.
+//
 // Workspace: the panel, one query block, and, only when a sequence spans several panels, an fp32 dQ
 // accumulator of the group's queries: O(Lq + Lk) per thread.
 #pragma once
+#include "attn_bias_grad.h"
+#include "attn_dropout.h"
 #include "attn_score.h"
 
 namespace encfast::ENCFAST_ISA {
@@ -56,6 +60,7 @@ class Backward {
     float *keys, *key_columns, *values, *dk, *dv;
     float *q_rows, *do_rows, *q_pairs, *do_pairs, *q_lanes, *do_lanes;
     float *out_rows, *out_lanes, *scores, *dp, *p_rows, *ds_rows, *ds_weights, *lse, *delta, *dq;
+    float *bias, *bias_grad, *keep;
     int64_t bytes;
 
     Workspace(void* base, const VarlenAttnGeometry& g) {
@@ -83,6 +88,9 @@ class Backward {
       lse = arena.take(kQueryBlock);
       delta = arena.take(kQueryBlock);
       dq = arena.take(dq_tiles(g) * kTileWords);
+      bias = arena.take(BiasBlock<kKeyBlock>::words(g));
+      bias_grad = arena.take(BiasGradient<kKeyBlock>::words(g));
+      keep = arena.take(g.dropout.threshold > 0 ? kKeyBlock * kLanes : 0);
       bytes = arena.used();
     }
 
@@ -101,7 +109,9 @@ class Backward {
         q_start_(g_.cu_seqlens_q[task.b]),
         k_start_(g_.cu_seqlens_k[task.b]),
         len_q_(g_.cu_seqlens_q[task.b + 1] - q_start_),
-        len_k_(g_.cu_seqlens_k[task.b + 1] - k_start_) {}
+        len_k_(g_.cu_seqlens_k[task.b + 1] - k_start_),
+        bias_(p.g, task.b, len_q_, len_k_, Unit::kPerNatural, ws_.bias),
+        bias_grad_(p, task.b, len_q_, len_k_, ws_.bias_grad) {}
 
   void expect(const VarlenAttnTask& next) {
     const int64_t q_row = g_.cu_seqlens_q[next.b], k_row = g_.cu_seqlens_k[next.b];
@@ -123,6 +133,7 @@ class Backward {
     if (len_k_ == 0) {
       for (int64_t h = task_.hk * group; h < (task_.hk + 1) * group; ++h) {
         store_zero_rows(len_q_, D_, view_of(p_.dq, g_.dtype, q_start_, h));
+        bias_grad_.begin(h, 0, len_q_, {0, 0}, {0, 0});
       }
       return;
     }
@@ -170,14 +181,16 @@ class Backward {
     if (visible.empty() || visible.begin >= panel.begin) {
       std::memset(dq, 0, sizeof(float) * kTileWords * ((n + kLanes - 1) / kLanes));
     }
+    const int64_t first_key = here.begin / kKeyBlock * kKeyBlock;
+    bias_grad_.begin(head, row, n, panel, here.empty() ? here : KeyRange{first_key, here.end});
     if (!here.empty()) {
       if (panel.end == len_k_) {
         prefetch_for_write(view_of(p_.dq, g_.dtype, q_start_ + row, head), n, D_);
       }
       pack_queries(head, row, n);
-      for (int64_t key = here.begin / kKeyBlock * kKeyBlock; key < here.end; key += kKeyBlock) {
+      for (int64_t key = first_key; key < here.end; key += kKeyBlock) {
         const int keys = static_cast<int>(here.end - key < kKeyBlock ? here.end - key : kKeyBlock);
-        run_block(rule, row, n, key, keys, key - panel.begin, dq);
+        run_block(rule, head, row, n, key, keys, key - panel.begin, dq);
       }
     }
     if (panel.end == len_k_) store_dq(head, row, n, dq);
@@ -245,15 +258,15 @@ class Backward {
   float* do_lanes(int i) const { return ws_.do_lanes + i * Tiles::kRowWords; }
 
   // One block of keys [key, key + n_keys), `offset` from the panel's start.
-  void run_block(const ScoreRule& rule, int64_t row, int n, int64_t key, int n_keys, int64_t offset,
-                 float* dq) {
+  void run_block(const ScoreRule& rule, int64_t head, int64_t row, int n, int64_t key, int n_keys,
+                 int64_t offset, float* dq) {
     for (int i = 0; i < n; i += kLanes) {
       const int in_tile = n - i < kLanes ? n - i : kLanes;
       float* dq_tile = dq + i / kLanes * kTileWords;
       if (in_tile > kW) {
-        run_tile<2>(rule, row, i, in_tile, key, n_keys, offset, dq_tile);
+        run_tile<2>(rule, head, row, i, in_tile, key, n_keys, offset, dq_tile);
       } else {
-        run_tile<1>(rule, row, i, in_tile, key, n_keys, offset, dq_tile);
+        run_tile<1>(rule, head, row, i, in_tile, key, n_keys, offset, dq_tile);
       }
     }
     const int padded = static_cast<int>(round_up(n_keys, Tiles::kKeyStep));
@@ -264,8 +277,8 @@ class Backward {
 
   // Queries [lane, lane + n) of the query block.
   template <int kVecs>
-  void run_tile(const ScoreRule& rule, int64_t row, int lane, int n, int64_t key, int n_keys,
-                int64_t offset, float* dq) {
+  void run_tile(const ScoreRule& rule, int64_t head, int64_t row, int lane, int n, int64_t key,
+                int n_keys, int64_t offset, float* dq) {
     const int padded = static_cast<int>(round_up(n_keys, Tiles::kKeyStep));
     const int64_t first = offset * Tiles::kRowWords;
     Tiles::template scores<kVecs>(ws_.keys + first, padded, q_lanes(lane), D_, ws_.scores);
@@ -273,13 +286,19 @@ class Backward {
     prefetch(kPrefetchRows);
     const KeyRange common = rule.common(row + lane, row + lane + n);
     const bool masked = key < common.begin || key + n_keys > common.end;
-    with_mode(rule, masked, [&](auto tag) {
+    const LaneRows bias =
+        rule.biased ? bias_.template fill<kVecs>(head, row + lane, n, key, n_keys) : kNoBias;
+    const LaneRows keep = dropout_factors<kVecs>(head, row + lane, key, n_keys);
+    with_mode(rule, rule.biased || dropped(), masked, [&](auto tag) {
       for (int v = 0; v < kVecs; ++v) {
         const LaneScore<decltype(tag)::value> score(rule, row + lane + v * kW, key,
-                                                    Unit::kPerNatural);
-        differentiate(score, lane, v, n_keys, padded);
+                                                    Unit::kPerNatural, bias.vec(v));
+        differentiate(score, keep.vec(v), lane, v, n_keys, padded);
       }
     });
+    if (bias_grad_.wanted()) {
+      bias_grad_.template add<kVecs>(head, row + lane, n, key, n_keys, ws_.dp);
+    }
     if constexpr (kVecs == 1 && Tiles::kQueryStep > kW) clear_lanes(lane + kW, padded);
     prefetch(kPrefetchRows);
     const float* weights = Tiles::kRowsServeAll ? ws_.ds_rows + lane : ws_.ds_weights;
@@ -288,19 +307,34 @@ class Backward {
                                         padded, D_, dq, true);
   }
 
+  bool dropped() const { return g_.dropout.threshold > 0; }
+
+  template <int kVecs>
+  LaneRows dropout_factors(int64_t head, int64_t row, int64_t key, int n) {
+    if (!dropped()) return kNoDropout;
+    fill_dropout<kVecs>(g_.dropout, task_.b, head, row, key, n, ws_.keep);
+    return {ws_.keep, kLanes};
+  }
+
   // P^T and dS^T of query vector v of the tile at `lane`, from S^T and dP^T; rows [n, padded)
-  // become 0.
+  // become 0. Biased modes leave d score, which is dS less the softcap's derivative, in dP^T.
   template <class Score>
-  void differentiate(const Score& score, int lane, int v, int n, int padded) {
+  void differentiate(const Score& score, LaneRows keep, int lane, int v, int n, int padded) {
     const Vec minus_lse = -load(ws_.lse + lane + v * kW);
     const Vec delta = load(ws_.delta + lane + v * kW);
     const float* s = ws_.scores + v * kW;
-    const float* dp = ws_.dp + v * kW;
+    float* dp = ws_.dp + v * kW;
     const auto one = [&](int j, Vec* p, Vec* ds) {
       Vec tanh = zeros();
-      const Vec x = score(load(s + j * kLanes), static_cast<float>(j), minus_lse, &tanh);
+      const Vec x = score(load(s + j * kLanes), j, minus_lse, &tanh);
       *p = Unit::template exp<Tiles::kExp2Degree>(x);
-      *ds = *p * (load(dp + j * kLanes) - delta);
+      if constexpr (Score::kBiased) {
+        *ds = *p * fma(load(dp + j * kLanes), keep.at(j), -delta);
+        *p *= keep.at(j);
+        store(dp + j * kLanes, *ds);
+      } else {
+        *ds = *p * (load(dp + j * kLanes) - delta);
+      }
       if constexpr (Score::kSoftcap) *ds *= fma(-tanh, tanh, splat(1.0f));
     };
     for (int j = 0; j < padded; j += 2) {
@@ -336,6 +370,8 @@ class Backward {
   const Workspace ws_;
   const int D_;
   const int64_t q_start_, k_start_, len_q_, len_k_;
+  BiasBlock<kKeyBlock> bias_;
+  BiasGradient<kKeyBlock> bias_grad_;
   RowPrefetcher next_rows_[5];
   const float *key_columns_ = nullptr, *q_pairs_ = nullptr, *do_pairs_ = nullptr;
 };

@@ -6,7 +6,7 @@
 //     for each head of the group, for each tile of kLanes queries (Q^T packed in lanes)
 //       for a block of kKeyBlock keys within the panel that some query of the tile sees
 //         S^T = K Q^T          [keys][kLanes], L1
-//         m, l, P^T            vertical over the rows of S^T
+//         m, l, P^T            vertical over the rows of S^T; biases and dropout in its layout
 //         O^T += V^T P^T       [D][kLanes], L1
 //     after the last panel: out = O / l, lse = m + log l
 //
@@ -17,6 +17,7 @@
 // Panels and key blocks lie at multiples of their size from the sequence start, and tiles at
 // multiples of theirs, so a row's sums are formed in one order whichever task it falls into.
 #pragma once
+#include "attn_dropout.h"
 #include "attn_score.h"
 
 namespace encfast::ENCFAST_ISA {
@@ -53,7 +54,7 @@ class Forward {
   static constexpr int64_t kTileWords = (Tiles::kHeadWidth + 2) * kLanes;
 
   struct Workspace {
-    float *keys, *values, *rows, *lanes, *scores, *weights, *tiles;
+    float *keys, *values, *rows, *lanes, *scores, *weights, *bias, *keep, *tiles;
     int64_t bytes;
 
     Workspace(void* base, const VarlenAttnGeometry& g) {
@@ -66,6 +67,8 @@ class Forward {
       lanes = arena.take(kLanes * Tiles::kRowWords);
       scores = arena.take(kKeyBlock * kLanes);
       weights = Tiles::kRowsServeAll ? scores : arena.take(kKeyBlock / 2 * kLanes);
+      bias = arena.take(BiasBlock<kKeyBlock>::words(g));
+      keep = arena.take(g.dropout.threshold > 0 ? kKeyBlock * kLanes : 0);
       tiles = arena.take(tile_count(g) * kTileWords);
       bytes = arena.used();
     }
@@ -87,7 +90,8 @@ class Forward {
         q_start_(g_.cu_seqlens_q[task.b]),
         k_start_(g_.cu_seqlens_k[task.b]),
         len_q_(g_.cu_seqlens_q[task.b + 1] - q_start_),
-        len_k_(g_.cu_seqlens_k[task.b + 1] - k_start_) {}
+        len_k_(g_.cu_seqlens_k[task.b + 1] - k_start_),
+        bias_(p.g, task.b, len_q_, len_k_, Unit::kPerNatural, ws_.bias) {}
 
   void expect(const VarlenAttnTask& next) {
     const int64_t q_row = g_.cu_seqlens_q[next.b] + next.q_begin, k_row = g_.cu_seqlens_k[next.b];
@@ -162,7 +166,7 @@ class Forward {
       for (int64_t key = here.begin / kKeyBlock * kKeyBlock; key < here.end; key += kKeyBlock) {
         const int keys = static_cast<int>(here.end - key < kKeyBlock ? here.end - key : kKeyBlock);
         const bool masked = key < common.begin || key + keys > common.end;
-        run_block<kVecs>(rule, row, key, keys, masked, key == first_block, softmax, out);
+        run_block<kVecs>(rule, head, row, n, key, keys, masked, key == first_block, softmax, out);
       }
     }
     if (last_panel) {
@@ -178,10 +182,10 @@ class Forward {
     Tiles::pack_lanes(ws_.rows, kVecs, D_, ws_.lanes);
   }
 
-  // One block of keys [key, key + n) for one tile.
+  // One block of keys [key, key + n) for one tile of `lanes` queries.
   template <int kVecs>
-  void run_block(const ScoreRule& rule, int64_t row, int64_t key, int n, bool masked, bool first,
-                 Softmax<kVecs>& softmax, float* out) {
+  void run_block(const ScoreRule& rule, int64_t head, int64_t row, int lanes, int64_t key, int n,
+                 bool masked, bool first, Softmax<kVecs>& softmax, float* out) {
     const int padded = static_cast<int>(round_up(n, Tiles::kKeyStep));
     const int64_t offset = key - packed_begin_;
     Tiles::template scores<kVecs>(ws_.keys + offset * Tiles::kRowWords, padded, ws_.lanes, D_,
@@ -189,38 +193,46 @@ class Forward {
     prefetch(kPrefetchRows);
     float factor = rule.scale * Unit::kPerNatural;
     if (masked || !rule.is_linear()) {
-      apply_rule<kVecs>(rule, masked, Unit::kPerNatural, row, key, n, ws_.scores);
+      const LaneRows bias =
+          rule.biased ? bias_.template fill<kVecs>(head, row, lanes, key, n) : kNoBias;
+      apply_rule<kVecs>(rule, masked, Unit::kPerNatural, row, key, n, bias, ws_.scores);
       factor = 1.0f;
     }
     softmax.raise(ws_.scores, n, factor, D_, first ? nullptr : out);
-    exponentiate<kVecs>(n, padded, factor, softmax);
+    if (g_.dropout.threshold > 0) {
+      fill_dropout<kVecs>(g_.dropout, task_.b, head, row, key, n, ws_.keep);
+      exponentiate<kVecs, true>(n, padded, factor, softmax);
+    } else {
+      exponentiate<kVecs, false>(n, padded, factor, softmax);
+    }
     prefetch(kPrefetchRows);
     Tiles::template weighted_sum<kVecs>(ws_.values + Tiles::column_offset(offset), ws_.weights,
                                         kLanes, padded, D_, out, !first);
   }
 
-  // P^T = exp(factor S^T - m), adding to the sums; rows [n, padded) become 0.
-  template <int kVecs>
+  // P^T = exp(factor S^T - m), adding to the sums; rows [n, padded) become 0. Dropout comes after
+  // the sums.
+  template <int kVecs, bool kDropout>
   void exponentiate(int n, int padded, float factor, Softmax<kVecs>& softmax) {
     const Vec c = splat(factor);
     for (int v = 0; v < kVecs; ++v) {
       const Vec minus_max = -softmax.max_score[v];
       const float* s = ws_.scores + v * kW;
+      const float* keep = ws_.keep + v * kW;
+      const auto weight = [&](int j, Vec* sum) {
+        const Vec p =
+            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
+        *sum += p;
+        return kDropout ? p * load(keep + j * kLanes) : p;
+      };
       Vec even_sum = zeros(), odd_sum = zeros();
       int j = 0;
       for (; j + 2 <= n; j += 2) {
-        const Vec even =
-            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
-        const Vec odd =
-            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + (j + 1) * kLanes), c, minus_max));
-        even_sum += even;
-        odd_sum += odd;
+        const Vec even = weight(j, &even_sum), odd = weight(j + 1, &odd_sum);
         Tiles::put_weights(ws_.weights, j, v, even, odd);
       }
       if (j < n) {
-        const Vec even =
-            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
-        even_sum += even;
+        const Vec even = weight(j, &even_sum);
         Tiles::put_weights(ws_.weights, j, v, even, zeros());
         j += 2;
       }
@@ -253,6 +265,7 @@ class Forward {
   const Workspace ws_;
   const int D_;
   const int64_t q_start_, k_start_, len_q_, len_k_;
+  BiasBlock<kKeyBlock> bias_;
   int64_t packed_begin_ = 0;
   RowPrefetcher next_rows_[3];
 };

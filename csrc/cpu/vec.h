@@ -129,6 +129,18 @@ ENCFAST_INLINE Vec select_within(Vec lo, Vec x, Vec hi, Vec v, Vec otherwise) {
 #endif
 }
 
+// Lanes of v moved up by one; lane 0 is the last lane of `below`.
+ENCFAST_INLINE Vec shift_in(Vec v, Vec below) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_alignr_epi32((__m512i)v, (__m512i)below, kW - 1);
+#elif defined(__AVX2__)
+  const __m256i middle = (__m256i)_mm256_permute2f128_ps(below, v, 0x21);
+  return (Vec)_mm256_alignr_epi8((__m256i)v, middle, 12);
+#else
+  return Vec{below[3], v[0], v[1], v[2]};
+#endif
+}
+
 ENCFAST_INLINE float sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v);

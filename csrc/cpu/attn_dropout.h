@@ -1,0 +1,92 @@
+// Dropout of attention probabilities: the factors of one block, drawn anew wherever they are needed
+// (common/philox.h says from what), so that forward and backward agree and nothing is kept.
+//
+// Lanes are queries: one vector Philox gives the halves of 8 keys for kW queries. On AVX-512 that
+// is 4 multiplications, 2 shifts, 4 permutations and 2 ternary xors per round.
+#pragma once
+#include "../common/philox.h"
+#include "attn_bias.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+typedef uint32_t UIntVec __attribute__((vector_size(4 * kW)));
+
+struct PhiloxLanes {
+  UIntVec v;
+
+  PhiloxLanes() = default;
+  ENCFAST_INLINE explicit PhiloxLanes(uint32_t word) : v(UIntVec{} + word) {}
+  ENCFAST_INLINE explicit PhiloxLanes(UIntVec words) : v(words) {}
+  ENCFAST_INLINE PhiloxLanes operator^(PhiloxLanes o) const { return PhiloxLanes(v ^ o.v); }
+};
+
+// Products of even and of odd lanes are formed apart, 64 bits each, and their halves sorted out.
+ENCFAST_INLINE void philox_multiply(PhiloxLanes a, uint32_t m, PhiloxLanes* high,
+                                    PhiloxLanes* low) {
+#if defined(__AVX512F__)
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32((__m512i)a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a.v, 32), factor);
+  high->v = (UIntVec)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low->v = (UIntVec)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif defined(__AVX2__)
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32((__m256i)a.v, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a.v, 32), factor);
+  high->v = (UIntVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low->v = (UIntVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(__x86_64__)
+  const __m128i factor = _mm_set1_epi32(static_cast<int>(m));
+  const __m128i even = _mm_mul_epu32((__m128i)a.v, factor);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)a.v, 32), factor);
+  const __m128i odd_lanes = _mm_set_epi32(-1, 0, -1, 0);
+  high->v = (UIntVec)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd, odd_lanes));
+  low->v = (UIntVec)_mm_or_si128(_mm_andnot_si128(odd_lanes, even), _mm_slli_epi64(odd, 32));
+#else
+  for (int i = 0; i < kW; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a.v[i]) * m;
+    high->v[i] = static_cast<uint32_t>(product >> 32);
+    low->v[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+struct OneLanes {
+  alignas(64) float lane[kLanes];
+
+  constexpr OneLanes() : lane() {
+    for (float& x : lane) x = 1.0f;
+  }
+};
+constexpr OneLanes kOneLanes;
+constexpr LaneRows kNoDropout = {kOneLanes.lane, 0};
+
+// factors[n][kLanes] of queries from `row` on and keys [key, key + n): 0 or dropout.scale. `key` is
+// a multiple of 8; factors of keys up to the next multiple are written too.
+template <int kVecs>
+inline void fill_dropout(const Dropout& dropout, int64_t b, int64_t head, int64_t row, int64_t key,
+                         int n, float* factors) {
+  const IntVec threshold = IntVec{} + dropout.threshold;
+  const IntVec scale = (IntVec)splat(dropout.scale);
+  UIntVec lane;
+  for (int i = 0; i < kW; ++i) lane[i] = static_cast<uint32_t>(i);
+  for (int j = 0; j < n; j += 8) {
+    for (int v = 0; v < kVecs; ++v) {
+      PhiloxLanes words[4];
+      philox_dropout_words(dropout.key, static_cast<uint32_t>((key + j) / 8),
+                           PhiloxLanes(lane + static_cast<uint32_t>(row + v * kW)),
+                           static_cast<uint32_t>(head), static_cast<uint32_t>(b), words);
+      float* p = factors + j * kLanes + v * kW;
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w, p += 2 * kLanes) {
+        const IntVec low = (IntVec)(words[w].v & 0xffffu), high = (IntVec)(words[w].v >> 16);
+        store(p, (Vec)((IntVec)(low >= threshold) & scale));
+        store(p + kLanes, (Vec)((IntVec)(high >= threshold) & scale));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace encfast::ENCFAST_ISA
