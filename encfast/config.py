@@ -50,6 +50,7 @@ class BlockConfig:
     up_bias: bool = True
     down_bias: bool = True
 
+    attn_dropout: float = 0.0  # probability in [0, 1), on the attention weights
     attn_out_dropout: float = 0.0  # probability in [0, 1), on the attention branch
     mlp_dropout: float = 0.0  # probability in [0, 1), on the MLP branch
     mlp_hidden_dropout: float = 0.0  # probability in [0, 1), inside the MLP, before its last matmul
@@ -70,7 +71,7 @@ class BlockConfig:
             raise ValueError(f"window bounds must be >= -1 (-1: unlimited), got {self.window}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"position='rope' needs an even head_dim, got {self.head_size}")
-        for name in ("attn_out_dropout", "mlp_dropout", "mlp_hidden_dropout"):
+        for name in ("attn_dropout", "attn_out_dropout", "mlp_dropout", "mlp_hidden_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 

@@ -246,9 +246,23 @@ def test_heads():
     assert start.shape == end.shape == (5,)
 
 
+def test_attention_drops_weights_in_training_only():
+    config = dataclasses.replace(SMALL, attn_dropout=0.4)
+    layer, packed = Attention(config), batch()
+    q, k, v = layer.qkv(packed.data).view(-1, 3, 3, 8).unbind(1)
+    torch.manual_seed(1)
+    dropped = ops.varlen_attn(q, k, v, packed.cu_seqlens, dropout_p=0.4).flatten(1)
+    torch.manual_seed(1)
+    assert torch.equal(layer.train().heads(packed), dropped)
+    whole = ops.varlen_attn(q, k, v, packed.cu_seqlens).flatten(1)
+    assert torch.equal(layer.eval().heads(packed), whole)
+    assert not torch.equal(dropped, whole)
+
+
 @pytest.mark.parametrize("kind", ["post-gelu_tanh", "rope-window", "alibi"])
 def test_checkpointing_changes_memory_not_results(kind):
-    config = dataclasses.replace(KINDS[kind], mlp_dropout=0.2, attn_out_dropout=0.1)
+    drops = {"mlp_dropout": 0.2, "attn_out_dropout": 0.1, "attn_dropout": 0.3}
+    config = dataclasses.replace(KINDS[kind], **drops)
     stack, packed = Stack([config] * 2).train(), batch()
     grads = []
     for checkpointing in (False, True):
@@ -261,11 +275,12 @@ def test_checkpointing_changes_memory_not_results(kind):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_two_checkpointed_blocks_compile_with_dynamic_shapes():
+@pytest.mark.parametrize("share", [False, True], ids=["own weights", "shared"])
+def test_two_checkpointed_blocks_compile_with_dynamic_shapes(share):
     """A float two checkpointed blocks read from one shared config cannot be lifted by dynamo."""
     torch._dynamo.reset()
-    configs = [dataclasses.replace(KINDS["rope-window"], softcap=7.5)] * 2
-    stack = Stack(configs).train()
+    configs = [dataclasses.replace(KINDS["rope-window"], softcap=7.5, attn_dropout=0.2)] * 2
+    stack = Stack(configs, share=share).train()
     stack.gradient_checkpointing = True
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -275,8 +290,15 @@ def test_two_checkpointed_blocks_compile_with_dynamic_shapes():
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for lengths in ([5, 0, 3], [2, 7, 0, 4], [3, 0]):
         packed = batch(lengths)
-        torch.testing.assert_close(compiled(packed), step(packed))
-        compiled(packed).backward()
+        results = []
+        for f in (compiled, step):
+            stack.zero_grad()
+            torch.manual_seed(0)
+            out = f(packed)
+            out.backward()
+            results.append((out, *[p.grad for p in stack.parameters()]))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2
 
 
@@ -299,6 +321,7 @@ def test_meta_construction_then_reset_fills_buffers():
         ({"window": (-2, 0)}, ["window", "-2"]),
         ({"position": "rope", "head_dim": 7}, ["rope", "7"]),
         ({"mlp_dropout": 1.0}, ["mlp_dropout", "1.0"]),
+        ({"attn_dropout": -0.1}, ["attn_dropout", "-0.1"]),
         ({"ffn_dim": 0}, ["ffn_dim", "0"]),
     ],
 )

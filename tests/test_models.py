@@ -192,3 +192,14 @@ def test_compiles_whole_in_two_graphs(name, checkpointing):
         model.gradient_checkpointing_enable()
     batches = [example(model, lengths, seed) for seed, lengths in enumerate(SIX_SHAPES)]
     assert_compiles(model, batches)
+
+
+@tiny
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_compiles_whole_with_dropout(name, checkpointing):
+    """As published, dropout included: the compiled step draws what the eager one does."""
+    model = encfast.create(name).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batches = [example(model, lengths, seed) for seed, lengths in enumerate(SIX_SHAPES[:3])]
+    assert_compiles(model, batches)

@@ -14,6 +14,7 @@ from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.norm import Norm
 from encfast.layers.pool import pool
+from encfast.layers.relative import RelativeBias
 from encfast.layers.rotary import Rotary
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KVCache",
     "MaskedLMHead",
     "Norm",
+    "RelativeBias",
     "Rotary",
     "SpanHead",
     "Stack",

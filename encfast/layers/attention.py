@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.cache import KVCache
+from encfast.layers.dropout import StaticFloat
 from encfast.packed import PackedBatch
 
 
@@ -32,11 +33,13 @@ class Attention(nn.Module):
     ``qkv`` is one matmul; its rows are [q heads, k heads, v heads], D each.
 
     Args:
-        config: uses dim, num_heads, num_kv_heads, head_dim, causal, window, position, softcap and
-            the biases.
+        config: uses dim, num_heads, num_kv_heads, head_dim, causal, window, position, softcap,
+            attn_dropout and the biases.
     """
 
     slopes: Tensor | None
+    softcap = StaticFloat()
+    attn_dropout = StaticFloat()
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Attention(nn.Module):
         self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_size
         self.causal, self.window, self.softcap = config.causal, config.window, config.softcap
+        self.attn_dropout = config.attn_dropout
         rows = (self.num_heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.dim, rows, bias=config.qkv_bias, **factory)
         self.out = nn.Linear(
@@ -72,6 +76,7 @@ class Attention(nn.Module):
         batch: PackedBatch,
         rope: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        rel_bias: Tensor | None = None,
     ) -> Tensor:
         """``[N, H * D]``: what the heads read, before the output projection.
 
@@ -79,6 +84,7 @@ class Attention(nn.Module):
             batch: rows ``[N, C]``.
             rope: cos and sin ``[N, D / 2]`` to rotate q and k with.
             cache: keys and values of earlier tokens; the new ones are added to it.
+            rel_bias: ``[H, R]`` or ``[N, H, R]``, added to the scores by relative position.
         """
         qkv = self.qkv(batch.data).unflatten(-1, (-1, self.head_dim))  # [N, H + 2 Hk, D]
         q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
@@ -100,7 +106,9 @@ class Attention(nn.Module):
             causal=self.causal,
             window=self.window,
             alibi_slopes=None if self.slopes is None else self.slopes.float(),
+            rel_bias=rel_bias,
             softcap=self.softcap,
+            dropout_p=(self.attn_dropout or None) if self.training else None,
         )  # [N, H, D]
         return out.flatten(1)
 
@@ -109,6 +117,7 @@ class Attention(nn.Module):
         batch: PackedBatch,
         rope: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        rel_bias: Tensor | None = None,
     ) -> Tensor:
         """Rows ``[N, C]`` of ``batch`` -> ``[N, C]``."""
-        return self.out(self.heads(batch, rope, cache))
+        return self.out(self.heads(batch, rope, cache, rel_bias))

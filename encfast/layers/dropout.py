@@ -13,16 +13,17 @@ from torch import nn
 
 
 class StaticFloat:
-    """A float attribute kept as text, which compiled code takes for a constant."""
+    """A float attribute, or None, kept as text, which compiled code takes for a constant."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = f"_{name}"
 
-    def __get__(self, obj: Any, owner: type | None = None) -> float:
-        return float(getattr(obj, self._name))
+    def __get__(self, obj: Any, owner: type | None = None) -> Any:
+        text = getattr(obj, self._name)
+        return None if text is None else float(text)
 
-    def __set__(self, obj: Any, value: float) -> None:
-        setattr(obj, self._name, repr(float(value)))
+    def __set__(self, obj: Any, value: float | None) -> None:
+        setattr(obj, self._name, None if value is None else repr(float(value)))
 
 
 class Dropout(nn.Dropout):

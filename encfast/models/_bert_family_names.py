@@ -59,6 +59,7 @@ _ENCODER_FIELDS = {
     "type_vocab_size": "num_segments",
     "layer_norm_eps": "norm_eps",
     "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attn_dropout",
     "initializer_range": "init_std",
     "pad_token_id": "pad_id",
 }
@@ -70,6 +71,7 @@ _DECODER_FIELDS = {
     "n_positions": "max_positions",
     "layer_norm_epsilon": "norm_eps",
     "resid_pdrop": "dropout",
+    "attn_pdrop": "attn_dropout",
     "initializer_range": "init_std",
 }
 _DECODER_TYPES = ("gpt2", "openai-gpt")
@@ -166,7 +168,9 @@ _DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "type_vocab_size": 2,
     "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
     "resid_pdrop": 0.1,
+    "attn_pdrop": 0.1,
 }
 
 
@@ -183,7 +187,7 @@ def _activation(theirs: Mapping[str, Any], kind: str) -> str:
 
 
 def transformers_config(config: BertFamilyConfig) -> dict[str, Any]:
-    """The config.json of a model for transformers. Attention dropout is 0: ours has none."""
+    """The config.json of a model for transformers."""
     kind = model_type(config)
     decoder = kind in _DECODER_TYPES
     names = _DECODER_FIELDS if decoder else _ENCODER_FIELDS
@@ -203,9 +207,11 @@ def transformers_config(config: BertFamilyConfig) -> dict[str, Any]:
         theirs[field] = "gelu" if kind == "openai-gpt" and act == "gelu_new" else act
         # transformers' default, 50256, need not be in the vocabulary.
         theirs |= {"bos_token_id": None, "eos_token_id": None, "n_inner": config.ffn_dim}
-        return theirs | {"embd_pdrop": config.dropout, "attn_pdrop": 0.0}
-    theirs |= {"hidden_act": act, "attention_probs_dropout_prob": 0.0}
-    theirs["max_position_embeddings"] = config.max_positions + config.position_offset
+        return theirs | {"embd_pdrop": config.dropout}
+    theirs |= {
+        "hidden_act": act,
+        "max_position_embeddings": config.max_positions + config.position_offset,
+    }
     if kind == "albert":
         theirs["embedding_size"] = config.embedding_dim
         return theirs | {"classifier_dropout_prob": config.head_dropout}

@@ -32,7 +32,7 @@ TASKS = {
 
 def create(variant: str, **overrides) -> BertFamily:
     """A model whose attention tells tokens apart, as a trained one does."""
-    quiet = {"dropout": 0.0, "head_dropout": 0.0, "init_std": 0.1}
+    quiet = {"dropout": 0.0, "attn_dropout": 0.0, "head_dropout": 0.0, "init_std": 0.1}
     return encfast.create(f"bert_family/{variant}", **quiet | overrides)
 
 
