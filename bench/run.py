@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("models", "training", "varlen_attn", "pad", "rotary")
+BENCHES = ("models", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

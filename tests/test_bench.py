@@ -71,7 +71,7 @@ def test_names_are_unique_and_pairs_exist(suite):
 def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     ops = {spec.name.split("/")[0] for spec in quick}
-    assert ops == {"minilm", "training", "varlen_attn", "pad", "rotary"}
+    assert ops == {"minilm", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu"}
     assert len(full) > len(quick)
 
 

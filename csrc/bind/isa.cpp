@@ -71,10 +71,10 @@ std::string runnable() {
 CpuKernels choose() {
   const char* env = std::getenv("ENCFAST_CPU_ISA");
   const std::string forced = env ? env : "";
-  CpuKernels chosen{nullptr, {}, {}, {}};
-#define ENCFAST_TAKE(isa)                                       \
-  if (runs_##isa() && (forced.empty() || forced == #isa)) {     \
-    chosen = {#isa, isa::kVarlenAttn, isa::kPad, isa::kRotary}; \
+  CpuKernels chosen{};
+#define ENCFAST_TAKE(isa)                                                                 \
+  if (runs_##isa() && (forced.empty() || forced == #isa)) {                               \
+    chosen = {#isa, isa::kVarlenAttn, isa::kPad, isa::kRotary, isa::kAddNorm, isa::kGlu}; \
   }
   ENCFAST_BUILT_ISAS(ENCFAST_TAKE)
 #undef ENCFAST_TAKE

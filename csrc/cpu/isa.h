@@ -4,6 +4,8 @@
 // Nothing of the standard library may be instantiated in csrc/cpu: a weak symbol compiled with
 // AVX-512 can replace the baseline's at link time. Workspaces come from the caller.
 #pragma once
+#include "add_norm.h"
+#include "glu.h"
 #include "pad.h"
 #include "rotary.h"
 #include "varlen_attn.h"
@@ -21,6 +23,8 @@ struct CpuKernels {
   VarlenAttnKernels varlen_attn;
   PadKernels pad;
   RotaryKernels rotary;
+  AddNormKernels add_norm;
+  GluKernels glu;
 };
 
 #define ENCFAST_DECLARE(isa)                  \
@@ -28,6 +32,8 @@ struct CpuKernels {
   extern const VarlenAttnKernels kVarlenAttn; \
   extern const PadKernels kPad;               \
   extern const RotaryKernels kRotary;         \
+  extern const AddNormKernels kAddNorm;       \
+  extern const GluKernels kGlu;               \
   }
 ENCFAST_EACH_ISA(ENCFAST_DECLARE)
 #undef ENCFAST_DECLARE

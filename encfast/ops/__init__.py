@@ -2,17 +2,21 @@
 
 import importlib
 
+from .add_norm import add_norm
+from .glu import glu
 from .pad import Unpadded, gather_rows, pad, scatter_rows, select_rows, unpad
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad", "rotary")
+OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu")
 
 __all__ = [
     "OPS",
     "Unpadded",
+    "add_norm",
     "backends",
     "gather_rows",
+    "glu",
     "pad",
     "rotary",
     "rotary_qk",

@@ -3,8 +3,10 @@
 They import nothing from the rest of encfast, and serve as the fallback backend of `encfast.ops`.
 """
 
+from .add_norm import add_norm
+from .glu import glu
 from .pad import gather_rows, scatter_rows
 from .rotary import rotary
 from .varlen_attn import varlen_attn
 
-__all__ = ["gather_rows", "rotary", "scatter_rows", "varlen_attn"]
+__all__ = ["add_norm", "gather_rows", "glu", "rotary", "scatter_rows", "varlen_attn"]

@@ -1,0 +1,88 @@
+"""What the tests of the row-wise ops share: layouts, gradients, every ISA, any threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from encfast.testing import assert_close_to_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FP32, BF16, FP16)
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "permuted")
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def rows(shape, dtype=FP32, layout="contiguous"):
+    """Random rows [..., C] in one of LAYOUTS."""
+    if layout == "transposed":  # channels are not contiguous
+        return torch.randn(*shape[:-2], shape[-1], shape[-2]).to(dtype).mT
+    if layout == "strided":  # rows further apart than they are long, from an odd element on
+        return torch.randn(*shape[:-1], shape[-1] + 7).to(dtype)[..., 3 : 3 + shape[-1]]
+    if layout == "expanded":  # one row for all
+        return torch.randn(shape[-1]).to(dtype).expand(shape)
+    if layout == "permuted":  # contiguous channels, rows in no even order
+        return torch.randn(shape[1], shape[0], *shape[2:]).to(dtype).transpose(0, 1)
+    return torch.randn(shape).to(dtype)
+
+
+def results(f, inputs, grads):
+    """Outputs of f and the gradients of all its inputs that are there, in order."""
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if v is not None}
+    outs = f(**leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    found = torch.autograd.grad(
+        outs, list(leaves.values()), [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+    )
+    return {f"out{i}": o.detach() for i, o in enumerate(outs)} | {
+        f"d{k}": g for k, g in zip(leaves, found, strict=True)
+    }
+
+
+def assert_same(f, reference, plain, inputs, grads, **options):
+    """Outputs and gradients of f by the tolerance rule against the float64 reference."""
+    wide = {k: None if v is None else v.double() for k, v in inputs.items()}
+    ours = results(f, inputs, grads)
+    exact = results(reference, wide, [g.double() for g in grads])
+    low = results(plain, inputs, grads)
+    for key, value in ours.items():
+        factor = 2.0 if key.startswith("out") else 3.0
+        assert_close_to_reference(key, value, exact[key], low[key], factor, **options)
+
+
+def python(*args, **env):
+    """Runs another Python in the repository and returns its output; fails with it."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def run_under_isa(isa, tests, cases):
+    """The ISA is chosen once per process, so each runs the cases in its own."""
+    run = (
+        "import sys, pytest, torch, encfast;"
+        f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    out = python("-c", run, tests, "-k", cases, ENCFAST_CPU_ISA=isa, OMP_NUM_THREADS="1")
+    assert " passed" in out
+
+
+def for_thread_counts(f):
+    """f's results under 1, 2 and 3 threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(f())
+    finally:
+        torch.set_num_threads(before)
+    return found
