@@ -45,11 +45,13 @@ float add_row(const AddNormParams& p, int64_t row, float* s) {
   const char* x = row_of<kX>(p.x, row);
   const char* residual = p.residual.data ? row_of<kR>(p.residual, row) : nullptr;
   char* total = p.total.data ? row_of<kSum>(p.total, row) : nullptr;
+  // Locals, here and below: for all the compiler knows a store may change what a reference shows.
+  const float* branch_scale = p.branch_scale;
   const bool squares = p.kind == NormKind::kRmsNorm;
   Accumulator acc;
   for_columns(p.C, [&](auto at, int i) ENCFAST_INLINE_LAMBDA {
     Vec v = load_at<kX>(x, at);
-    if (p.branch_scale) v *= load_at<kF32>(p.branch_scale, at);
+    if (branch_scale) v *= load_at<kF32>(branch_scale, at);
     if (residual) v += load_at<kR>(residual, at);
     if (total) store_at<kSum>(total, at, v);
     v = rounded_to<kSum>(v);
@@ -78,10 +80,12 @@ Moments moments_around(const float* s, int64_t C, float guess) {
 
 template <DType kY>
 void normalise_row(const AddNormParams& p, const float* s, float mean, float rstd, void* y) {
+  const float *weight = p.weight, *bias = p.bias;
+  const Vec centre = splat(mean), scale = splat(rstd);
   for_columns(p.C, [&](auto at, int) ENCFAST_INLINE_LAMBDA {
-    Vec v = (load(s + at.c) - splat(mean)) * splat(rstd);
-    if (p.weight) v *= load_at<kF32>(p.weight, at);
-    if (p.bias) v += load_at<kF32>(p.bias, at);
+    Vec v = (load(s + at.c) - centre) * scale;
+    if (weight) v *= load_at<kF32>(weight, at);
+    if (bias) v += load_at<kF32>(bias, at);
     store_at<kY>(y, at, v);
   });
 }
@@ -143,47 +147,61 @@ class BackwardRow {
     return section;
   }
 
-  template <class At>
-  ENCFAST_INLINE Vec normalised(At at) const {
-    return keep((load_at<kT>(total_, at) - splat(mean_)) * splat(rstd_), at);
-  }
+  // dy times weight, and the normalised row. A value of its own, whose members stay in registers.
+  struct Source {
+    const char *dy, *total;
+    const float* weight;
+    Vec mean, rstd;
 
-  template <class At>
-  ENCFAST_INLINE Vec weighted(Vec dy, At at) const {
-    return p_.weight ? dy * load_at<kF32>(p_.weight, at) : dy;
-  }
+    template <class At>
+    ENCFAST_INLINE Vec normalised(At at) const {
+      return keep((load_at<kT>(total, at) - mean) * rstd, at);
+    }
+    template <class At>
+    ENCFAST_INLINE Vec weighted(Vec dy, At at) const {
+      return weight ? dy * load_at<kF32>(weight, at) : dy;
+    }
+  };
+
+  Source source() const { return {dy_, total_, p_.weight, splat(mean_), splat(rstd_)}; }
 
   static ENCFAST_INLINE void add_to(float* sums, int64_t c, Vec v) {
     store(sums + c, load(sums + c) + v);
   }
 
   void reduce() {
+    const Source in = source();
+    float *const dweight = dweight_, *const dbias = dbias_;
     Accumulator direct, along;
     for_columns(p_.C, [&](auto at, int i) ENCFAST_INLINE_LAMBDA {
-      const Vec dy = load_at<kT>(dy_, at), n = normalised(at), g = weighted(dy, at);
+      const Vec dy = load_at<kT>(in.dy, at), n = in.normalised(at), g = in.weighted(dy, at);
       direct.parts[i] += g;
       along.parts[i] = fma(g, n, along.parts[i]);
-      if (dweight_) add_to(dweight_, at.c, dy * n);
-      if (dbias_) add_to(dbias_, at.c, dy);
+      if (dweight) add_to(dweight, at.c, dy * n);
+      if (dbias) add_to(dbias, at.c, dy);
     });
     const float channels = static_cast<float>(p_.C);
     direct_ = p_.kind == NormKind::kLayerNorm ? direct.total() / channels : 0.0f;
     along_ = along.total() / channels;
   }
 
-  void write() {
+  void write() const {
+    const Source in = source();
+    const Vec direct = splat(direct_), along = splat(-along_);
     const char* past = p_.dtotal_in.data ? row_of<kT>(p_.dtotal_in, row_) : nullptr;
+    const float* branch_scale = p_.branch_scale;
+    const char* x = branch_scale ? row_of<kX>(p_.x, row_) : nullptr;
+    char* dx = branch_scale ? row_of<kX>(p_.dx, row_) : nullptr;
     char* dtotal = row_of<kT>(p_.dtotal, row_);
-    const char* x = p_.branch_scale ? row_of<kX>(p_.x, row_) : nullptr;
-    char* dx = p_.branch_scale ? row_of<kX>(p_.dx, row_) : nullptr;
+    float* const dbranch_scale = dbranch_scale_;
     for_columns(p_.C, [&](auto at, int) ENCFAST_INLINE_LAMBDA {
-      Vec g = weighted(load_at<kT>(dy_, at), at) - splat(direct_);
-      g = fma(normalised(at), splat(-along_), g) * splat(rstd_);
+      Vec g = in.weighted(load_at<kT>(in.dy, at), at) - direct;
+      g = fma(in.normalised(at), along, g) * in.rstd;
       if (past) g += load_at<kT>(past, at);
       store_at<kT>(dtotal, at, g);
       if (!dx) return;
-      store_at<kX>(dx, at, g * load_at<kF32>(p_.branch_scale, at));
-      if (dbranch_scale_) add_to(dbranch_scale_, at.c, g * load_at<kX>(x, at));
+      store_at<kX>(dx, at, g * load_at<kF32>(branch_scale, at));
+      if (dbranch_scale) add_to(dbranch_scale, at.c, g * load_at<kX>(x, at));
     });
   }
 
