@@ -152,6 +152,47 @@ def test_norm_precision_under_autocast(precision, autocast, expected):
     torch.testing.assert_close(out.float(), reference, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("precision", ["default", "fp32", "low"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)],
+    ids=["float32", "bfloat16", "mixed"],
+)
+def test_the_fused_norm_of_a_sum_is_the_plain_one(precision, autocast, dtypes, monkeypatch):
+    norm = Norm(24, precision=precision)
+    norm.weight.data.uniform_(0.5, 2)
+    found = []
+    for threshold in (0, 2**60):
+        torch.manual_seed(0)
+        monkeypatch.setattr("encfast.layers.norm._FUSED_ELEMENTS_TRAINING", threshold)
+        x, residual = (torch.randn(7, 24).to(d).requires_grad_() for d in dtypes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, total = norm(x, residual, return_sum=True)
+        grads = torch.autograd.grad(y.float().sin().sum() + total.float().sum(), (x, residual))
+        found.append((y, total, *grads))
+    tolerance = 2**-6 if torch.bfloat16 in (*dtypes, found[0][0].dtype) else 1e-5
+    for fused, plain in zip(*found, strict=True):
+        assert fused.dtype == plain.dtype
+        torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_of_fused_ops_is_the_plain_one(kind, monkeypatch):
+    stack, rows, found = Stack([KINDS[kind]] * 2), batch(), []
+    for threshold in (0, 2**60):
+        for name in (
+            "norm._FUSED_ELEMENTS",
+            "norm._FUSED_ELEMENTS_TRAINING",
+            "mlp._FUSED_ELEMENTS",
+        ):
+            monkeypatch.setattr(f"encfast.layers.{name}", threshold)
+        out = stack(rows).data
+        found.append((out, *torch.autograd.grad(out.sin().sum(), list(stack.parameters()))))
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=2e-5)
+
+
 def test_rotary_tables_stay_exact_at_large_positions():
     """model.to(torch.bfloat16) rounded the frequencies: angles at position 8000 were off by 0.8."""
     rotary = Rotary(8, 10_000.0).to(torch.bfloat16)

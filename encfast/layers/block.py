@@ -74,11 +74,21 @@ class Block(nn.Module):
         heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
         if rows is not None:
             x, heads = ops.gather_rows(x, rows), ops.gather_rows(heads, rows)
-        x = x + self.attn_drop(self.attn.out(heads))
+        branch = self.attn_drop(self.attn.out(heads))
         if self.post:
-            x = self.norm1(x)
-            return self.norm2(x + self.mlp_drop(self.mlp(x)))
-        return x + self.mlp_drop(self.mlp(self.norm2(x)))
+            x = _norm_of_sum(self.norm1, branch, x)
+            return _norm_of_sum(self.norm2, self.mlp_drop(self.mlp(x)), x)
+        if isinstance(self.norm2, Norm):
+            normed, x = self.norm2(branch, x, return_sum=True)
+        else:
+            x = x + branch
+            normed = self.norm2(x)
+        return x + self.mlp_drop(self.mlp(normed))
+
+
+def _norm_of_sum(norm: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+    """Also for an identity, or a norm that was put in Norm's place."""
+    return norm(branch, x) if isinstance(norm, Norm) else norm(x + branch)
 
 
 def _norm(config: BlockConfig, **factory: Any) -> Norm:
