@@ -1,8 +1,5 @@
 """What glu means, in plain PyTorch; `glu_bwd` is its gradient written out for the fallback."""
 
-import math
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,12 +56,12 @@ def _gelu_tanh(a: Tensor) -> Tensor:
 
 
 def _gelu_slope(a: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * density
+    density = torch.exp(-0.5 * a * a) / (2 * torch.pi) ** 0.5
+    return 0.5 * (1 + torch.erf(a / 2**0.5)) + a * density
 
 
 def _gelu_tanh_slope(a: Tensor) -> Tensor:
-    root, cubic = math.sqrt(2 / math.pi), 0.044715
+    root, cubic = (2 / torch.pi) ** 0.5, 0.044715
     t = torch.tanh(root * (a + cubic * a**3))
     return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * root * (1 + 3 * cubic * a * a)
 
@@ -78,13 +75,13 @@ def _relu_slope(a: Tensor) -> Tensor:
     return (a > 0).to(a.dtype)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": F.silu,
     "relu": F.relu,
 }
-_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+_SLOPES = {
     "gelu": _gelu_slope,
     "gelu_tanh": _gelu_tanh_slope,
     "silu": _silu_slope,
