@@ -75,13 +75,13 @@ def _relu_slope(a: Tensor) -> Tensor:
     return (a > 0).to(a.dtype)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": F.silu,
     "relu": F.relu,
 }
-_SLOPES = {
+_SLOPES: dict = {
     "gelu": _gelu_slope,
     "gelu_tanh": _gelu_tanh_slope,
     "silu": _silu_slope,
