@@ -119,19 +119,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dq, dk):
-    has_k = ctx.needs_input_grad[1]
-    grads = [d for d in (dq, dk if has_k else None) if d is not None]
+    needed = [
+        need and grad is not None
+        for need, grad in zip(ctx.needs_input_grad[:2], (dq, dk), strict=True)
+    ]
+    grads = [grad for grad, need in zip((dq, dk), needed, strict=True) if need]
     if not grads:
         return (None,) * 7
-    first, second = grads[0], grads[1] if len(grads) == 2 else None
-    turned = iter(
-        torch.ops.encfast.rotary(
-            first, second, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate
-        )
-    )
-    dq_in = None if dq is None else next(turned)
-    dk_in = None if dk is None or not has_k else next(turned)
-    return dq_in, dk_in, *(None,) * 5
+    second = grads[1] if len(grads) == 2 else None
+    angles = (*ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+    turned = iter(torch.ops.encfast.rotary(grads[0], second, *angles))
+    return *(next(turned) if need else None for need in needed), *(None,) * 5
 
 
 torch.library.register_autograd("encfast::rotary", _backward, setup_context=_setup_context)

@@ -7,8 +7,6 @@ from encfast.compat import flash_attn as fa
 from encfast.compat.flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
 from encfast.compat.flash_attn.losses import CrossEntropyLoss
 
-pytestmark = pytest.mark.quick
-
 RAGGED = ((3, 4), (5, 6, 1), (7, 0, 2), (9, 9))
 
 

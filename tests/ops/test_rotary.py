@@ -163,6 +163,17 @@ def test_gradient_where_one_result_is_unused(used):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("trained", ["q", "k"])
+def test_gradient_where_one_input_needs_none(trained):
+    named = dict(zip("qk", make(Case(positions=""), torch.float32)[:2], strict=True))
+    _, _, cos, sin, _ = make(Case(positions=""), torch.float32)
+    leaf = named[trained] = named[trained].detach().requires_grad_()
+    turned = dict(zip("qk", ops.rotary_qk(**named, cos=cos, sin=sin), strict=True))
+    (grad,) = torch.autograd.grad(sum(t.sum() for t in turned.values()), leaf)
+    assert torch.equal(grad, ops.rotary(torch.ones_like(leaf), cos, sin, conjugate=True))
+
+
+@pytest.mark.quick
 def test_gradients_of_any_order():
     q, _, cos, sin, _ = make(Case(positions=""), torch.float32)
     x = q.detach().requires_grad_()
