@@ -21,8 +21,9 @@ struct RowsView {
   char* data;
   int64_t stride;  // bytes
   DType dtype;
+  bool streamed = false;  // Rows::streamed
 
-  RowsView from(int64_t row) const { return {data + row * stride, stride, dtype}; }
+  RowsView from(int64_t row) const { return {data + row * stride, stride, dtype, streamed}; }
 };
 
 inline RowsView view_of(const void* data, int64_t row_stride, int64_t head_stride, DType dtype,
@@ -36,7 +37,21 @@ inline RowsView view_of(const ConstRows& t, DType dtype, int64_t row, int64_t he
   return view_of(t.data, t.row_stride, t.head_stride, dtype, row, head);
 }
 inline RowsView view_of(const Rows& t, DType dtype, int64_t row, int64_t head) {
-  return view_of(t.data, t.row_stride, t.head_stride, dtype, row, head);
+  RowsView view = view_of(t.data, t.row_stride, t.head_stride, dtype, row, head);
+  view.streamed = t.streamed;
+  return view;
+}
+
+// Calls f(tag of the dtype, store) where store(p, v) puts a whole vector of a row at p.
+template <class F>
+ENCFAST_INLINE void with_store(const RowsView& dst, F f) {
+  with_dtype(dst.dtype, [&](auto tag) {
+    constexpr DType kT = decltype(tag)::value;
+    if constexpr (kCanStream<kT>) {
+      if (dst.streamed) return f(tag, [](void* p, Vec v) { stream_as<kT>(p, v); });
+    }
+    f(tag, [](void* p, Vec v) { store_as<kT>(p, v); });
+  });
 }
 
 // src rows [0, n) of D elements as floats, dst[n_padded][kWidth], zeros elsewhere.
@@ -77,7 +92,7 @@ inline void transpose_to_lanes(const float* rows, int row_words, int vecs, int w
 // Rows [0, n) of dst = columns of src[D][kLanes], each lane multiplied by its factor.
 inline void store_from_lanes(const float* src, const Vec factor[2], int n, int D,
                              const RowsView& dst) {
-  with_dtype(dst.dtype, [&](auto tag) {
+  with_store(dst, [&](auto tag, auto store_vector) {
     constexpr DType kT = decltype(tag)::value;
     constexpr int64_t kBytes = element_bytes(kT);
     for (int v = 0; v * kW < n; ++v) {
@@ -89,7 +104,7 @@ inline void store_from_lanes(const float* src, const Vec factor[2], int n, int D
         transpose(r);
         char* out = dst.data + v * kW * dst.stride + d * kBytes;
         if (d + kW <= D) {
-          for (int i = 0; i < rows; ++i) store_as<kT>(out + i * dst.stride, r[i]);
+          for (int i = 0; i < rows; ++i) store_vector(out + i * dst.stride, r[i]);
         } else {
           for (int i = 0; i < rows; ++i) store_partial_as<kT>(out + i * dst.stride, r[i], D - d);
         }
@@ -101,14 +116,14 @@ inline void store_from_lanes(const float* src, const Vec factor[2], int n, int D
 // Rows [0, n) of dst = src[n][width] * factor.
 inline void store_rows(const float* src, int width, float factor, int n, int D,
                        const RowsView& dst) {
-  with_dtype(dst.dtype, [&](auto tag) {
+  with_store(dst, [&](auto tag, auto store_vector) {
     constexpr DType kT = decltype(tag)::value;
     constexpr int64_t kBytes = element_bytes(kT);
     for (int i = 0; i < n; ++i) {
       const float* row = src + static_cast<int64_t>(i) * width;
       char* out = dst.data + i * dst.stride;
       int d = 0;
-      for (; d + kW <= D; d += kW) store_as<kT>(out + d * kBytes, load(row + d) * splat(factor));
+      for (; d + kW <= D; d += kW) store_vector(out + d * kBytes, load(row + d) * splat(factor));
       if (d < D) store_partial_as<kT>(out + d * kBytes, load(row + d) * splat(factor), D - d);
     }
   });
@@ -163,8 +178,10 @@ class RowPrefetcher {
 };
 
 // Asks for ownership of rows that will be stored soon. Stores that miss fill the store buffer and
-// stop the core; asked for before the products, the lines are there in time.
+// stop the core; asked for before the products, the lines are there in time. Streamed rows need
+// none.
 inline void prefetch_for_write(const RowsView& rows, int64_t n, int D) {
+  if (rows.streamed) return;
   const int64_t bytes = D * element_bytes(rows.dtype);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t at = 0; at < bytes; at += 64) {

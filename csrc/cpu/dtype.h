@@ -130,6 +130,26 @@ ENCFAST_INLINE void store_as(void* p, Vec v) {
   }
 }
 
+// Whether stream_as<kT> exists: where one vector fills one cache line. A line stored past
+// the caches in several parts may reach memory as several partial writes.
+template <DType kT>
+constexpr bool kCanStream = kT == DType::kFloat32 && sizeof(Vec) == 64;
+
+// Stores a whole line past the caches, which saves reading it first. p is aligned to 64 bytes.
+// end_streams() must follow before another thread may read it.
+template <DType kT>
+ENCFAST_INLINE void stream_as([[maybe_unused]] void* p, [[maybe_unused]] Vec v) {
+  static_assert(kCanStream<kT>, "a vector of this dtype is no whole line");
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), v);
+#endif
+}
+inline void end_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The first n < kW elements at p; the other lanes are 0.
 template <DType kT>
 ENCFAST_INLINE Vec load_partial_as(const void* p, int n) {

@@ -21,6 +21,7 @@ struct Rows {
   void* data;
   int64_t row_stride;
   int64_t head_stride;
+  bool streamed = false;  // stored past the caches; the kernels decide (choose_streaming)
 };
 
 // Query rows [q_begin, q_end) of sequence b, for all H / Hk query heads that share key head hk.

@@ -41,6 +41,7 @@ class Backward {
     Backward backward(p, task, workspace);
     if (next) backward.expect(*next);
     backward.run_task();
+    end_streams();
     Tiles::end();
   }
 

@@ -37,6 +37,7 @@ class Forward {
     Forward forward(p, task, workspace);
     if (next) forward.expect(*next);
     forward.run_task();
+    end_streams();
     Tiles::end();
   }
 

@@ -146,3 +146,20 @@ def test_a_fused_projection_is_read_in_place():
     copies = [e.key for e in profile.key_averages() if e.key in ("aten::copy_", "aten::clone")]
     if NATIVE:
         assert not copies
+
+
+@needs_native
+def test_large_outputs_equal_those_of_small_calls():
+    """Outputs that no private cache holds are stored past the caches; the values are the same."""
+    lengths = [64] * 48
+    inputs = [torch.randn(sum(lengths), 12, 64) for _ in range(4)]
+
+    def attend(rows, count):
+        q, k, v = (x[rows].clone().requires_grad_() for x in inputs[:3])
+        out = ops.varlen_attn(q, k, v, cu_seqlens([64] * count))
+        return (out, *torch.autograd.grad(out, (q, k, v), inputs[3][rows]))
+
+    whole = attend(slice(None), len(lengths))
+    parts = [attend(slice(i * 64, i * 64 + 256), 4) for i in range(0, len(lengths), 4)]
+    for big, *small in zip(whole, *parts, strict=True):
+        assert torch.equal(big, torch.cat(small))
