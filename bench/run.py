@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,12 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Milliseconds the threads of Intel's OpenMP (in CTranslate2) spin after their work. By default 200:
+# they would slow down the variant that is timed next.
+os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("models", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu")
+BENCHES = ("encoder", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,12 +43,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=min(2, cores), help="of the second measurement on a CPU"
     )
-    parser.add_argument("--json", type=Path, help="default: bench/results/SUITE-DEVICE.json")
-    parser.add_argument("--chart", type=Path, help="default: bench/results/SUITE-DEVICE.png")
+    parser.add_argument(
+        "--json", type=Path, help="default: bench/results/SUITE-DEVICE[-PATTERN].json"
+    )
+    parser.add_argument(
+        "--chart", type=Path, help="default: bench/results/SUITE-DEVICE[-PATTERN].png"
+    )
     args = parser.parse_args(argv)
     if args.threads < 1:
         parser.error(f"--threads is {args.threads}, expected at least 1")
-    name = f"{args.suite}-{args.device}"
+    # A part of a suite does not overwrite the whole.
+    part = f"-{re.sub(r'[^A-Za-z0-9]+', '-', args.only).strip('-')}" if args.only else ""
+    name = f"{args.suite}-{args.device}{part}"
     args.json = args.json or HERE / "results" / f"{name}.json"
     args.chart = args.chart or HERE / "results" / f"{name}.png"
     return args
@@ -111,9 +121,11 @@ def run(specs, setting, args: argparse.Namespace) -> int:
     """Runs the benches and reports; returns the exit code."""
     import chart
     import report
+    import roof
     import timing
     from harness import run_spec
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from targets import outcomes
 
     console = report.console()
     start = time.perf_counter()
@@ -127,7 +139,7 @@ def run(specs, setting, args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("the machine's roof", total=len(specs))
         load = timing.OtherLoad()
-        roofs = timing.measure_roofs(setting.device)
+        roofs = roof.measure(setting.device)
         env = report.environment(setting, roofs, load.cores())
         console.print(report.describe(env), soft_wrap=True)
         for spec in specs:
@@ -139,12 +151,14 @@ def run(specs, setting, args: argparse.Namespace) -> int:
             console.print(report.table(results[-1], setting))
             progress.advance(task)
     console.print(report.summary(results, setting))
+    if found := outcomes(results):
+        console.print(report.target_table(found))
     report.write_json(args.json, results, env)
     chart.draw(args.chart, results, env)
     took = time.perf_counter() - start
     console.print(f"{took:.0f} s. Numbers: {args.json}. Picture: {args.chart}", soft_wrap=True)
     for sentence in report.failures(results):
-        console.print(f"[red]{sentence}[/]", soft_wrap=True)
+        console.print(sentence, style="red", markup=False, soft_wrap=True)
     return 1 if report.failures(results) else 0
 
 

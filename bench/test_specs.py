@@ -17,13 +17,12 @@ def _inputs(spec):
 def test_variant(spec, variant, benchmark):
     """Fails, untimed, if the variant is wrong."""
     try:
-        harness.require(spec.needs)
+        harness.require((*spec.needs, *variant.needs))
     except harness.MissingPackage as missing:
         pytest.skip(str(missing))
     with timing.threads(1):
         inputs = _inputs(spec)
-        call = variant.make(inputs)
-        gate = spec.verify(inputs, variant, call.collect(call.run()))
+        call, gate = harness.verified(spec, variant, inputs)
         assert gate.ok, gate.text
         benchmark.group = spec.name
         benchmark.extra_info.update(verified=gate.text, note=call.note, unit=spec.unit)

