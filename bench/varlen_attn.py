@@ -1,147 +1,73 @@
 """Attention over ragged sequences: encfast against the ways PyTorch offers to the same result.
 
-Every peer gets its inputs in the layout it likes best (contiguous [B, H, S, D], masks made),
-outside of the timed call; encfast reads packed [N, H, D].
+Every peer gets its inputs in the layout it likes best (contiguous [B, H, S, D], masks and biases
+made), outside of the timed call; encfast reads packed [N, H, D]. Where nothing is ragged, SDPA also
+gets the transposed views of a packed [B, S, 3, H, D] that a fused projection leaves.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from harness import BenchSpec, Call, Gate, Setting, Variant, error_gate
-from shapes import by_arrival, by_length, docstring_lengths
-from timing import best_of
+from sdpa import MIB, PEERS, Inputs, without_grad
+from shapes import docstring_lengths
+from timing import peak_bytes
 from torch import Tensor
 
 from encfast import ops
 from encfast.ref.varlen_attn import varlen_attn as reference
 
-BUCKET_SIZES = (4, 8, 16)
-DENSE_LENGTHS = (64, 128, 256, 512, 1024, 2048)
+# quick, full
+DENSE_LENGTHS = {"quick": (128, 512), "full": (64, 128, 256, 512, 1024, 2048)}
+ALIBI_LENGTHS = {"quick": (512,), "full": (512, 2048)}
 DENSE_TOKENS = 4096
 LONG_LENGTHS = (8192, 16384, 32768)
 
-Qkv = tuple[Tensor, Tensor, Tensor]
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """Packed q, k, v and, for a backward pass, the gradient of the output."""
-
-    lengths: tuple[int, ...]
-    qkv: Qkv  # three [N, H, D] of fp32, holding values that bf16 holds exactly
-    dout: Tensor | None  # [N, H, D], or None for the forward alone
-    device: str
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """int32 [B + 1]."""
-        ends = torch.tensor((0, *self.lengths)).cumsum(0, dtype=torch.int32)
-        return ends.to(self.device)
-
-    def pieces(self, x: Tensor) -> list[Tensor]:
-        """[H, L_b, D] for each sequence, contiguous."""
-        return [p.transpose(0, 1).contiguous() for p in x.split(list(self.lengths))]
-
-
-def _inputs(lengths: Sequence[int], heads: int, dim: int, backward: bool, device: str) -> Inputs:
+def _inputs(
+    lengths: Sequence[int], heads: int, dim: int, backward: bool, alibi: bool, device: str
+) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     shape = (sum(lengths), heads, dim)
     q, k, v, dout = (
         torch.randn(shape, generator=generator).bfloat16().float().to(device) for _ in range(4)
     )
-    return Inputs(tuple(lengths), (q, k, v), dout if backward else None, device)
+    # The slopes of Press et al. 2021 for a power of two; the time does not depend on them.
+    slopes = torch.tensor([2 ** (-8 * (h + 1) / heads) for h in range(heads)], device=device)
+    return Inputs(
+        tuple(lengths), (q, k, v), dout if backward else None, device, slopes if alibi else None
+    )
 
 
 def _packed(inputs: Inputs, dtype: torch.dtype) -> Call:
     q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
-    cu_seqlens, longest = inputs.cu_seqlens, max(inputs.lengths)
-
-    def forward() -> Tensor:
-        return ops.varlen_attn(q, k, v, cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
-
+    attend = functools.partial(
+        ops.varlen_attn,
+        *(q, k, v, inputs.cu_seqlens),
+        max_seqlen_q=max(inputs.lengths),
+        max_seqlen_k=max(inputs.lengths),
+    )
+    forward = functools.partial(attend, alibi_slopes=inputs.alibi_slopes)
     if inputs.dout is None:
-        return Call(_without_grad(forward), collect=lambda out: (out,))
+        note = (
+            _alibi_memory(attend, forward, inputs.device) if inputs.alibi_slopes is not None else ""
+        )
+        return Call(without_grad(forward), lambda out: (out,), note)
     dout = inputs.dout.to(dtype)
     return Call(lambda: (out := forward(), *torch.autograd.grad(out, (q, k, v), dout)))
 
 
-def _sdpa(inputs: Inputs, dtype: torch.dtype, batches: list[list[int]]) -> Call:
-    """scaled_dot_product_attention on each batch of sequences, padded to its longest."""
-    pieces = [inputs.pieces(x.to(dtype)) for x in (*inputs.qkv, inputs.dout) if x is not None]
-    steps = []
-    for batch in batches:
-        tensors = [_grid([p[b] for b in batch]) for p in pieces]
-        qkv = [x.requires_grad_(inputs.dout is not None) for x in tensors[:3]]
-        mask = _mask([inputs.lengths[b] for b in batch], inputs.device)
-        steps.append((qkv, mask, tensors[3:]))
-
-    def forward() -> list[Tensor]:
-        return [F.scaled_dot_product_attention(*qkv, attn_mask=mask) for qkv, mask, _ in steps]
-
-    def backward() -> list[list[Tensor]]:
-        outs = forward()
-        grads = [torch.autograd.grad(o, s[0], s[2]) for o, s in zip(outs, steps, strict=True)]
-        return [outs, *map(list, zip(*grads, strict=True))]
-
-    def collect(grids: list[list[Tensor]]) -> tuple[Tensor, ...]:
-        return tuple(_rows(g, batches, inputs.lengths) for g in grids)
-
-    if inputs.dout is None:
-        return Call(_without_grad(lambda: [forward()]), collect)
-    return Call(backward, collect)
-
-
-def _without_grad(call: Callable) -> Callable:
-    @torch.inference_mode()
-    def run():
-        return call()
-
-    return run
-
-
-def _grid(pieces: list[Tensor]) -> Tensor:
-    """[B, H, S, D] from B of [H, L_b, D], padded with zeros."""
-    longest = max(p.shape[1] for p in pieces)
-    return torch.stack([F.pad(p, (0, 0, 0, longest - p.shape[1])) for p in pieces])
-
-
-def _mask(lengths: list[int], device: str) -> Tensor | None:
-    """bool [B, 1, 1, S], True for real keys; None without padding: SDPA is faster so."""
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    keep = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-    return keep[:, None, None]
-
-
-def _rows(grids: list[Tensor], batches: list[list[int]], lengths: Sequence[int]) -> Tensor:
-    """Packed [N, H, D], in the original order, from padded batches."""
-    found = {
-        b: row[:, : lengths[b]].transpose(0, 1)
-        for batch, grid in zip(batches, grids, strict=True)
-        for b, row in zip(batch, grid, strict=True)
-    }
-    return torch.cat([found[b] for b in range(len(lengths))])
-
-
-def _sdpa_padded(inputs: Inputs, dtype: torch.dtype) -> Call:
-    return _sdpa(inputs, dtype, by_arrival(inputs.lengths, len(inputs.lengths)))
-
-
-def _sdpa_loop(inputs: Inputs, dtype: torch.dtype) -> Call:
-    return _sdpa(inputs, dtype, by_arrival(inputs.lengths, 1))
-
-
-def _sdpa_sorted(inputs: Inputs, dtype: torch.dtype) -> Call:
-    sizes = [s for s in BUCKET_SIZES if s <= len(inputs.lengths)] or [1]
-    calls = {str(s): _sdpa(inputs, dtype, by_length(inputs.lengths, s)) for s in sizes}
-    best = best_of({name: call.run for name, call in calls.items()}, inputs.device)
-    return Call(calls[best].run, calls[best].collect, f"buckets of {best}")
+def _alibi_memory(plain: Callable, with_slopes: Callable, device: str) -> str:
+    """What the slopes add to the peak, as far as it is known."""
+    for call in (plain, with_slopes):
+        call()  # memory that is kept from now on
+    before, after = (peak_bytes(without_grad(call), device) for call in (plain, with_slopes))
+    if before is None or after is None:
+        return ""
+    return f"peak {before / MIB:.1f} MiB without slopes, {after / MIB:.1f} MiB with them"
 
 
 class _Verify:
@@ -166,7 +92,9 @@ class _Verify:
 
 def _reference(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
     q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
-    out, _ = reference(q, k, v, inputs.cu_seqlens, compute_dtype=dtype)
+    out, _ = reference(
+        q, k, v, inputs.cu_seqlens, alibi_slopes=inputs.alibi_slopes, compute_dtype=dtype
+    )
     if inputs.dout is None:
         return (out,)
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), inputs.dout.to(dtype)))
@@ -177,31 +105,6 @@ def _flops(inputs: Inputs) -> float:
     products = 2 if inputs.dout is None else 7
     _, heads, dim = inputs.qkv[0].shape
     return 2.0 * products * heads * dim * sum(length * length for length in inputs.lengths)
-
-
-def _sdpa_packed_loop(inputs: Inputs, dtype: torch.dtype) -> Call:
-    """SDPA on views of each sequence's rows, and the outputs put together again."""
-    q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
-    lengths = list(inputs.lengths)
-
-    def forward() -> Tensor:
-        # split, not slices: the backward of a slice fills a tensor of all rows with zeros.
-        pieces = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        outs = [F.scaled_dot_product_attention(*(x[None] for x in qkv))[0] for qkv in pieces]
-        return torch.cat(outs, dim=1).transpose(0, 1)
-
-    if inputs.dout is None:
-        return Call(_without_grad(forward), collect=lambda out: (out,))
-    dout = inputs.dout.to(dtype)
-    return Call(lambda: (out := forward(), *torch.autograd.grad(out, (q, k, v), dout)))
-
-
-_PEERS = {
-    "loop": _sdpa_loop,
-    "packed loop": _sdpa_packed_loop,
-    "length-sorted": _sdpa_sorted,
-    "padded": _sdpa_padded,
-}
 
 
 def _spec(
@@ -217,26 +120,27 @@ def _spec(
     dim: int = 64,
     needs: tuple[str, ...] = (),
     charted: bool = False,
+    alibi: bool = False,
     verify: Callable[[Inputs, Variant, tuple[Tensor, ...]], Gate] | None = None,
 ) -> BenchSpec:
     short = "bf16" if dtype == torch.bfloat16 else "fp32"
     phase = "fwd+bwd" if backward else "fwd"
     ours = Variant(f"encfast {short}", dtype, functools.partial(_packed, dtype=dtype), ours=True)
     theirs = [
-        Variant(f"SDPA {short} {peer}", dtype, functools.partial(_PEERS[peer], dtype=dtype))
+        Variant(f"SDPA {short} {peer}", dtype, functools.partial(PEERS[peer], dtype=dtype))
         for peer in peers
     ]
     return BenchSpec(
         name=f"varlen_attn/{name}-D{dim}-{phase}-{short}",
         title=f"varlen_attn, {title}, H={heads}, D={dim}, {phase}, {short}",
-        inputs=lambda: _inputs(lengths(), heads, dim, backward, setting.device),
+        inputs=lambda: _inputs(lengths(), heads, dim, backward, alibi, setting.device),
         variants=(*theirs, ours),
         verify=verify or _Verify(),
         flops=_flops,
         pairs=tuple((ours.name, t.name) for t in theirs),
         needs=needs,
         charted=charted,
-        budget_s=1.5 if setting.suite == "quick" else 15.0,
+        budget_s={"tiny": 0.5, "quick": 1.5, "full": 4.0}[setting.suite],
     )
 
 
@@ -265,19 +169,42 @@ def _ragged(setting: Setting, dim: int) -> list[BenchSpec]:
     ]
 
 
-def _dense(setting: Setting) -> list[BenchSpec]:
+def _sequences(length: int) -> Callable[[], list[int]]:
+    """Lengths of about DENSE_TOKENS tokens in sequences of one length."""
+    return lambda: [length] * (DENSE_TOKENS // length)
+
+
+def _dense(setting: Setting, dim: int) -> list[BenchSpec]:
     return [
         _spec(
             f"S{length}",
             f"{DENSE_TOKENS // length} sequences of {length}",
-            lambda length=length: [length] * (DENSE_TOKENS // length),
-            ("padded", "loop"),
+            _sequences(length),
+            ("contiguous", "qkv views"),
             dtype,
             backward,
             setting,
+            dim=dim,
         )
-        for length in DENSE_LENGTHS
+        for length in DENSE_LENGTHS[setting.suite]
         for backward in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def _alibi(setting: Setting) -> list[BenchSpec]:
+    return [
+        _spec(
+            f"alibi-S{length}",
+            f"ALiBi, {DENSE_TOKENS // length} sequences of {length}",
+            _sequences(length),
+            ("materialised bias",),
+            dtype,
+            False,
+            setting,
+            alibi=True,
+        )
+        for length in ALIBI_LENGTHS[setting.suite]
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
@@ -315,16 +242,25 @@ def _long(setting: Setting) -> list[BenchSpec]:
     ]
 
 
+def _tiny(setting: Setting) -> list[BenchSpec]:
+    ragged = ("padded", "length-sorted", "loop", "packed loop")
+    fp32, bf16, small = torch.float32, torch.bfloat16, {"heads": 2, "dim": 8}
+    spec = functools.partial(_spec, setting=setting, **small)
+    two = ("tiny", "two sequences", lambda: (5, 17), ragged)
+    equal, dense = lambda: (6, 6), ("contiguous", "qkv views")
+    return [
+        spec(*two, fp32, True),
+        spec(*two, bf16, False),
+        spec("tiny-dense", "two of one length", equal, dense, fp32, True),
+        spec("tiny-alibi", "ALiBi", equal, ("materialised bias",), fp32, False, alibi=True),
+    ]
+
+
 def specs(setting: Setting) -> list[BenchSpec]:
     """The benches of this op in a suite."""
     if setting.suite == "tiny":
-        lengths, peers = (5, 17), ("padded", "length-sorted", "loop", "packed loop")
-        cases = ((torch.float32, True), (torch.bfloat16, False))
-        return [
-            _spec("tiny", "two sequences", lambda: lengths, peers, *c, setting, heads=2, dim=8)
-            for c in cases
-        ]
-    quick = _ragged(setting, dim=64)
+        return _tiny(setting)
+    both = [*_ragged(setting, dim=64), *_dense(setting, dim=64), *_alibi(setting)]
     if setting.suite == "quick":
-        return quick
-    return [*quick, *_ragged(setting, dim=32), *_dense(setting), *_long(setting)]
+        return both
+    return [*both, *_ragged(setting, dim=32), *_dense(setting, dim=32), *_long(setting)]
