@@ -364,8 +364,8 @@ def _tiny(setting: Setting) -> list[BenchSpec]:
 def _quick(setting: Setting) -> list[BenchSpec]:
     # Fewer texts for the rows that pad in the order of arrival: they take many times as long.
     padded = _minilm(32, batch_sizes=(), token_budgets=(1024, 2048), budget_s=5.0)
-    by_length = _minilm(64, batch_sizes=(4, 8, 16), token_budgets=(1024, 2048, 4096), budget_s=8.0)
-    base = _bert_base(16, batch_sizes=(2, 4, 8), token_budgets=(1024, 2048), budget_s=6.0)
+    by_length = _minilm(48, batch_sizes=(4, 8, 16), token_budgets=(1024, 2048, 4096), budget_s=8.0)
+    base = _bert_base(12, batch_sizes=(2, 4), token_budgets=(1024, 2048), budget_s=6.0)
     low = (*_RUNTIMES_LOW, *(v for v in (*_PACKED, *_ENGINE) if v.dtype != FP32))
     return [
         _spec("padded", padded, (*_PADDED, *_PACKED, *_ENGINE), setting),
@@ -383,8 +383,8 @@ def _full(setting: Setting) -> list[BenchSpec]:
     sizes, budgets = (2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
     peers = (*_FP32, *_BF16, *_COMPILED, *_RUNTIMES_FP32, *_RUNTIMES_LOW)
     padded = _minilm(64, batch_sizes=(), token_budgets=budgets, budget_s=20.0)
-    by_length = _minilm(128, batch_sizes=sizes, token_budgets=budgets, budget_s=40.0)
-    base = _bert_base(32, batch_sizes=sizes[:3], token_budgets=budgets[:4], budget_s=40.0)
+    by_length = _minilm(96, batch_sizes=sizes, token_budgets=budgets, budget_s=40.0)
+    base = _bert_base(24, batch_sizes=sizes[:3], token_budgets=budgets[:3], budget_s=40.0)
     return [
         _spec("padded", padded, (*_PADDED, *_PACKED, *_ENGINE), setting),
         _spec("sorted", by_length, (*peers, *_DEFAULT, *_PACKED, *_ENGINE), setting),
