@@ -135,6 +135,19 @@ def test_a_missing_peer_is_named_and_the_others_are_timed(
     assert missing["variant"] not in [r["peer"] for r in found["ratios"]]
 
 
+def test_encoders_without_the_optional_runtimes(monkeypatch):
+    pytest.importorskip("transformers", reason="the peers of the benches need transformers")
+    real = importlib.util.find_spec
+    runtimes = ("ctranslate2", "onnx", "onnxruntime", "openvino")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in runtimes else real(name, *a)
+    )
+    rows = harness.run_spec(tiny_spec("tiny-bert"), TINY, ROOFS).rows
+    missing = {row.variant.split()[0] for row in rows if row.missing}
+    assert missing == {"ctranslate2", "onnxruntime", "openvino"}
+    assert all(row.one for row in rows if not row.missing)
+
+
 def test_a_peer_that_raises_is_a_red_gate():
     def fail(inputs):
         raise ImportError("of a library too old\nfor this model")
