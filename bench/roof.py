@@ -36,7 +36,7 @@ LOOPS = {
 def measure(device: str) -> dict[str, float]:
     """GF/s (int8: Gop/s) of a GEMM by dtype, GB/s of a copy, GF/s of multiply-adds as "DTYPE peak".
 
-    What cannot be measured is left out: int8 without a GEMM of PyTorch's, peaks without a compiler.
+    What cannot be measured is left out: int8 on CPUs without VNNI, peaks without a compiler.
     """
     calls, work = {}, {}
     for name, (call, amount) in {**_gemms(device), **_copy(device), **_peaks(device)}.items():
@@ -57,7 +57,9 @@ def _gemms(device: str) -> Measured:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
         found[name] = functools.partial(torch.mm, x, x), work
-    if hasattr(torch, "_int_mm"):  # what torch's own quantised linears end in
+    # Without instructions for it PyTorch's int8 product is a plain loop of many seconds.
+    fast = device != "cpu" or any(flag in _cpu_flags() for _, flag in LOOPS["int8"])
+    if fast and hasattr(torch, "_int_mm"):
         x = torch.randint(-8, 8, (GEMM_SIZE, GEMM_SIZE), dtype=torch.int8, device=device)
         found["int8"] = functools.partial(torch._int_mm, x, x), work
     return found
@@ -94,7 +96,10 @@ def _bound_loop(library: ctypes.CDLL, name: str) -> tuple[Callable[[], Any], flo
 
 
 def _cpu_flags() -> set[str]:
-    found = re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    try:
+        found = re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return set()
     return set(found[1].split()) if found else set()
 
 
