@@ -147,18 +147,20 @@ inline Dropout dropout_of(const char* op, const std::optional<double>& p,
   return dropout;
 }
 
-// The gradients of rel_bias and bias, which the core writes in fp32; those not asked for are empty.
+// The gradients of rel_bias and bias; those not asked for are empty. The core sums in fp32 and
+// writes a bias per head, which needs no sum, in its own dtype.
 class BiasGradients {
  public:
   BiasGradients(const char* op, const Tensor& q, const VarlenAttnGeometry& g,
                 const std::optional<Tensor>& rel_bias, bool rel_bias_grad,
                 const std::optional<Tensor>& bias, bool bias_grad)
-      : rel_bias_(new_grad(op, "rel_bias", q, rel_bias, rel_bias_grad)),
-        bias_(new_grad(op, "bias", q, bias, bias_grad)),
+      : rel_bias_(new_grad(op, "rel_bias", q, rel_bias, rel_bias_grad, false)),
+        bias_(new_grad(op, "bias", q, bias, bias_grad, bias_grad && bias && bias->dim() == 2)),
         rel_bias_dtype_((rel_bias_grad ? *rel_bias : q).scalar_type()),
         bias_dtype_((bias_grad ? *bias : q).scalar_type()) {
     if (bias_grad) {
-      core_.bias = bias_.mutable_data_ptr<float>();
+      core_.bias = bias_.mutable_data_ptr();
+      core_.bias_dtype = core_dtype(op, "bias", bias_);
       core_.bias_head_stride = bias_.dim() == 2 ? bias_.size(1) : 0;
     }
     if (!rel_bias_grad) return;
@@ -173,12 +175,12 @@ class BiasGradients {
 
  private:
   static Tensor new_grad(const char* op, const char* name, const Tensor& q,
-                         const std::optional<Tensor>& x, bool wanted) {
+                         const std::optional<Tensor>& x, bool wanted, bool own_dtype) {
     if (!wanted) return new_contiguous(q, {0}, ScalarType::Float);
     STD_TORCH_CHECK(x, op, ": the gradient of ", name, " is asked for, but ", name, " is None");
     STD_TORCH_CHECK(x->scalar_type() != ScalarType::Bool, op, ": a bool ", name,
                     " has no gradient");
-    return new_contiguous(q, x->sizes(), ScalarType::Float);
+    return new_contiguous(q, x->sizes(), own_dtype ? x->scalar_type() : ScalarType::Float);
   }
 
   void make_partials(const Tensor& q, const VarlenAttnGeometry& g) {

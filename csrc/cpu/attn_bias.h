@@ -58,22 +58,30 @@ template <DType kT>
 inline void take_clipped(const char* table, int64_t size, int64_t first, int count, float unit,
                          bool add, float* out) {
   constexpr int64_t kBytes = element_bytes(kT);
-  const auto entry = [&](int64_t x) {
-    const int64_t clipped = x < 0 ? 0 : x < size ? x : size - 1;
-    return load_partial_as<kT>(table + clipped * kBytes, 1)[0];
-  };
+  const Vec first_entry = splat(load_element<kT>(table));
+  const Vec last_entry = splat(load_element<kT>(table + (size - 1) * kBytes));
   for (int i = 0; i < count; i += kW) {
     const int64_t x = first + i;
-    Vec v;
+    Vec v = first_entry;
     if (x >= 0 && x + kW <= size) {
       v = load_as<kT>(table + x * kBytes);
-    } else if (x >= size || x + kW <= 0) {
-      v = splat(entry(x));
-    } else {
-      for (int l = 0; l < kW; ++l) v[l] = entry(x + l);
+    } else if (x >= size - 1) {
+      v = last_entry;
+    } else if (x + kW > 1) {
+      for (int l = x < 0 ? static_cast<int>(-x) : 0; l < kW; ++l) {
+        v[l] = x + l < size ? load_element<kT>(table + (x + l) * kBytes) : last_entry[0];
+      }
     }
     v *= splat(unit);
     store(out + i, add ? load(out + i) + v : v);
+  }
+}
+
+// Fetches `bytes` at p into L1, for writing or reading.
+template <bool kWrite>
+inline void prefetch_bytes(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + at, kWrite, 3);
   }
 }
 
@@ -99,6 +107,14 @@ class BiasBlock {
         rows_(workspace + (has_table(g) ? kBandWords : 0)),
         block_(rows_ + kBlockWords) {}
 
+  // Asks for what fill will read, early enough to be there.
+  void prefetch(int64_t head, int64_t row, int lanes, int64_t key, int n) const {
+    if (!g_.bias.data) return;
+    const int64_t size = g_.bias.visibility ? 1 : element_bytes(g_.bias.dtype);
+    const char* first = static_cast<const char*>(g_.bias.data) + pair(head, row, key) * size;
+    for (int i = 0; i < lanes; ++i) prefetch_bytes<false>(first + i * len_k_ * size, n * size);
+  }
+
   // Queries [row, row + lanes) of `head`, keys [key, key + n); 0 in the lanes after.
   template <int kVecs>
   LaneRows fill(int64_t head, int64_t row, int lanes, int64_t key, int n) {
@@ -122,6 +138,11 @@ class BiasBlock {
   }
   static bool has_rows(const VarlenAttnGeometry& g) {
     return g.bias.data || (g.rel_bias.data && g.rel_bias.per_query);
+  }
+
+  // The element of bias for query i and `key`.
+  int64_t pair(int64_t head, int64_t i, int64_t key) const {
+    return head * g_.bias.head_stride + first_pair_ + i * len_k_ + key;
   }
 
   // Entry n - 1 - j + l belongs to key j and lane l. Padding lanes get entries that the sequence
@@ -161,7 +182,7 @@ class BiasBlock {
 
   void fill_pairs(int64_t head, int64_t i, int64_t key, int n, float* out) {
     const PairBias& bias = g_.bias;
-    const int64_t at = head * bias.head_stride + first_pair_ + i * len_k_ + key;
+    const int64_t at = pair(head, i, key);
     if (bias.visibility) {
       const uint8_t* src = static_cast<const uint8_t*>(bias.data) + at;
       for_each_vec(n, [&](int j, int m) { store(out + j, hidden_where_zero(src + j, m)); });

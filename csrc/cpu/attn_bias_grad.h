@@ -6,7 +6,7 @@
 //   one table        sums along the diagonals of the block, added to the table of this sequence and
 //                    head; those are summed over sequences after all tasks (reduce_rel_partials).
 //
-// Everything is fp32. Every entry is written, by one task, also those that no query sees.
+// Sums are fp32. Every entry is written, by one task, also those that no query sees.
 #pragma once
 #include "attn_bias.h"
 #include "attn_score.h"
@@ -84,12 +84,18 @@ class BiasGradient {
     if (panel.begin == 0) begin_head(head, row, n);
     if (!grads_.bias || !is_first(head)) return;
     if (visited.empty()) visited = {panel.begin, panel.begin};
+    const int64_t size = element_bytes(grads_.bias_dtype);
     for (int64_t i = row; i < row + n; ++i) {
-      float* pairs = pairs_of(head, i);
-      const int64_t before = visited.begin - panel.begin, after = panel.end - visited.end;
-      std::memset(pairs + panel.begin, 0, sizeof(float) * before);
-      std::memset(pairs + visited.end, 0, sizeof(float) * after);
+      std::memset(pairs_of(head, i, panel.begin), 0, (visited.begin - panel.begin) * size);
+      std::memset(pairs_of(head, i, visited.end), 0, (panel.end - visited.end) * size);
     }
+  }
+
+  // Asks for the rows that add will write, early enough to be there.
+  void prefetch(int64_t head, int64_t row, int lanes, int64_t key, int n) const {
+    if (!grads_.bias) return;
+    const int64_t bytes = n * element_bytes(grads_.bias_dtype);
+    for (int i = 0; i < lanes; ++i) prefetch_bytes<true>(pairs_of(head, row + i, key), bytes);
   }
 
   // d score of queries [row, row + lanes) and keys [key, key + n), block[keys][kLanes]. Lanes from
@@ -116,8 +122,9 @@ class BiasGradient {
   // The first head that writes a matrix: all of them, or the one that starts a sum.
   bool is_first(int64_t head) const { return head == 0 || grads_.bias_head_stride > 0; }
 
-  float* pairs_of(int64_t head, int64_t i) const {
-    return grads_.bias + head * grads_.bias_head_stride + g_.bias.offsets[b_] + i * len_k_;
+  char* pairs_of(int64_t head, int64_t i, int64_t key) const {
+    const int64_t at = head * grads_.bias_head_stride + g_.bias.offsets[b_] + i * len_k_ + key;
+    return static_cast<char*>(grads_.bias) + at * element_bytes(grads_.bias_dtype);
   }
   float* table_of(int64_t head, int64_t i) const {
     return grads_.rel_bias + ((g_.cu_seqlens_q[b_] + i) * g_.H + head) * table_size();
@@ -154,13 +161,27 @@ class BiasGradient {
 
   void add_row(int64_t head, int64_t i, int64_t key, int n, const float* row) {
     if (grads_.bias && is_first(head)) {
-      std::memcpy(pairs_of(head, i) + key, row, sizeof(float) * static_cast<size_t>(n));
+      store_row(row, n, pairs_of(head, i, key));
     } else if (grads_.bias) {
-      add_to(row, n, pairs_of(head, i) + key);
+      add_to(row, n, reinterpret_cast<float*>(pairs_of(head, i, key)));
     }
     if (by_query()) {
       add_clipped(row, n, key - (i + shift_) + g_.rel_bias.radius, table_size(), table_of(head, i));
     }
+  }
+
+  void store_row(const float* row, int n, char* out) const {
+    with_dtype(grads_.bias_dtype, [&](auto tag) {
+      constexpr DType kT = decltype(tag)::value;
+      for_each_vec(n, [&](int j, int m) {
+        char* p = out + j * element_bytes(kT);
+        if (m == kW) {
+          store_as<kT>(p, load(row + j));
+        } else {
+          store_partial_as<kT>(p, load(row + j), m);
+        }
+      });
+    });
   }
 
   const VarlenAttnGeometry& g_;

@@ -2,7 +2,7 @@
 // (common/philox.h says from what), so that forward and backward agree and nothing is kept.
 //
 // Lanes are queries: one vector Philox gives the halves of 8 keys for kW queries. On AVX-512 that
-// is 4 multiplications, 2 shifts, 4 permutations and 2 ternary xors per round.
+// is 4 multiplications, 6 shuffles and 2 ternary xors per round, half of them on each of two ports.
 #pragma once
 #include "../common/philox.h"
 #include "attn_bias.h"
@@ -21,21 +21,27 @@ struct PhiloxLanes {
   ENCFAST_INLINE PhiloxLanes operator^(PhiloxLanes o) const { return PhiloxLanes(v ^ o.v); }
 };
 
+#if defined(__AVX512F__)
+constexpr _MM_PERM_ENUM kOddToEven = _MM_PERM_DDBB, kEvenToOdd = _MM_PERM_CCAA;
+#elif defined(__AVX2__)
+constexpr int kOddToEven = 0xf5, kEvenToOdd = 0xa0;
+#endif
+
 // Products of even and of odd lanes are formed apart, 64 bits each, and their halves sorted out.
 ENCFAST_INLINE void philox_multiply(PhiloxLanes a, uint32_t m, PhiloxLanes* high,
                                     PhiloxLanes* low) {
 #if defined(__AVX512F__)
   const __m512i factor = _mm512_set1_epi32(static_cast<int>(m));
   const __m512i even = _mm512_mul_epu32((__m512i)a.v, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a.v, 32), factor);
-  high->v = (UIntVec)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-  low->v = (UIntVec)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  const __m512i odd = _mm512_mul_epu32(_mm512_shuffle_epi32((__m512i)a.v, kOddToEven), factor);
+  high->v = (UIntVec)_mm512_mask_shuffle_epi32(odd, 0x5555, even, kOddToEven);
+  low->v = (UIntVec)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, kEvenToOdd);
 #elif defined(__AVX2__)
   const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
   const __m256i even = _mm256_mul_epu32((__m256i)a.v, factor);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a.v, 32), factor);
-  high->v = (UIntVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  low->v = (UIntVec)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  const __m256i odd = _mm256_mul_epu32(_mm256_shuffle_epi32((__m256i)a.v, kOddToEven), factor);
+  high->v = (UIntVec)_mm256_blend_epi32(_mm256_shuffle_epi32(even, kOddToEven), odd, 0xaa);
+  low->v = (UIntVec)_mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, kEvenToOdd), 0xaa);
 #elif defined(__x86_64__)
   const __m128i factor = _mm_set1_epi32(static_cast<int>(m));
   const __m128i even = _mm_mul_epu32((__m128i)a.v, factor);

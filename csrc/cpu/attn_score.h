@@ -75,9 +75,17 @@ struct ScoreUnit {
 };
 
 // What a score needs beyond scale: each mode is one instantiation of the loops below. kBiased adds
-// a LaneRows (attn_bias.h) and is slower anyhow, so it carries ALiBi, the mask and, in the
-// backward, dropout; kSoftcap carries all of that.
-enum class ScoreMode { kLinear, kLinearMasked, kAlibi, kAlibiMasked, kBiased, kSoftcap };
+// a LaneRows (attn_bias.h) and, in the backward, applies dropout. It and softcap are slower anyhow,
+// so they carry ALiBi and the mask with them.
+enum class ScoreMode {
+  kLinear,
+  kLinearMasked,
+  kAlibi,
+  kAlibiMasked,
+  kBiased,
+  kSoftcap,
+  kSoftcapBiased
+};
 
 template <ScoreMode kM>
 struct ModeTag {
@@ -87,6 +95,7 @@ struct ModeTag {
 // `biased`: there is something to add, or dropout.
 template <class F>
 ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool biased, bool masked, F f) {
+  if (rule.softcap != 0.0f && biased) return f(ModeTag<ScoreMode::kSoftcapBiased>{});
   if (rule.softcap != 0.0f) return f(ModeTag<ScoreMode::kSoftcap>{});
   if (biased) return f(ModeTag<ScoreMode::kBiased>{});
   if (rule.alibi && masked) return f(ModeTag<ScoreMode::kAlibiMasked>{});
@@ -98,12 +107,12 @@ ENCFAST_INLINE void with_mode(const ScoreRule& rule, bool biased, bool masked, F
 // The score of one vector of queries against keys counted from a block's first.
 template <ScoreMode kM>
 struct LaneScore {
-  static constexpr bool kSoftcap = kM == ScoreMode::kSoftcap;
-  static constexpr bool kBiased = kSoftcap || kM == ScoreMode::kBiased;
-  static constexpr bool kAlibi =
-      kBiased || kM == ScoreMode::kAlibi || kM == ScoreMode::kAlibiMasked;
+  static constexpr bool kSoftcap = kM == ScoreMode::kSoftcap || kM == ScoreMode::kSoftcapBiased;
+  static constexpr bool kBiased = kM == ScoreMode::kBiased || kM == ScoreMode::kSoftcapBiased;
+  static constexpr bool kAll = kSoftcap || kBiased;
+  static constexpr bool kAlibi = kAll || kM == ScoreMode::kAlibi || kM == ScoreMode::kAlibiMasked;
   static constexpr bool kMasked =
-      kBiased || kM == ScoreMode::kLinearMasked || kM == ScoreMode::kAlibiMasked;
+      kAll || kM == ScoreMode::kLinearMasked || kM == ScoreMode::kAlibiMasked;
 
   Vec scale, cap, slope, position, first_key, last_key;
   LaneRows bias;

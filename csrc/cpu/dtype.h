@@ -93,6 +93,20 @@ ENCFAST_INLINE Vec load_as(const void* p) {
   }
 }
 
+// One element of dtype kT at p.
+template <DType kT>
+ENCFAST_INLINE float load_element(const void* p) {
+  if constexpr (kT == DType::kFloat32) {
+    float x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  } else {
+    uint16_t h;
+    std::memcpy(&h, p, sizeof(h));
+    return kT == DType::kFloat16 ? float_from_half(h) : float_of(uint32_t{h} << 16);
+  }
+}
+
 // bf16 of each lane in its lower half word.
 ENCFAST_INLINE IntVec round_to_bf16(Vec v) {
   const IntVec bits = (IntVec)v;

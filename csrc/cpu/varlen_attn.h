@@ -98,9 +98,10 @@ struct VarlenAttnFwdParams {
   float* lse;  // [H, Nq], natural log; -inf where no key is visible
 };
 
-// Gradients of rel_bias and bias, fp32, null where not wanted. Every entry is written.
+// Gradients of rel_bias and bias, null where not wanted. Every entry is written.
 struct BiasGrads {
-  float* bias;                    // [H, T], or [T]: the sum over heads
+  void* bias;                     // [H, T] of bias_dtype, or [T] of fp32: the sum over heads
+  DType bias_dtype;               // fp32 for the sum
   int64_t bias_head_stride;       // T, or 0 for the sum
   float* rel_bias;                // [Nq, H, R], or [H, R]
   float* rel_partials;            // of [H, R] each sequence's own, of the offsets it has: RelSpan

@@ -282,6 +282,8 @@ class Backward {
                 int n_keys, int64_t offset, float* dq) {
     const int padded = static_cast<int>(round_up(n_keys, Tiles::kKeyStep));
     const int64_t first = offset * Tiles::kRowWords;
+    if (rule.biased) bias_.prefetch(head, row + lane, n, key, n_keys);
+    bias_grad_.prefetch(head, row + lane, n, key, n_keys);
     Tiles::template scores<kVecs>(ws_.keys + first, padded, q_lanes(lane), D_, ws_.scores);
     Tiles::template scores<kVecs>(ws_.values + first, padded, do_lanes(lane), D_, ws_.dp);
     prefetch(kPrefetchRows);

@@ -189,6 +189,7 @@ class Forward {
                  bool masked, bool first, Softmax<kVecs>& softmax, float* out) {
     const int padded = static_cast<int>(round_up(n, Tiles::kKeyStep));
     const int64_t offset = key - packed_begin_;
+    if (rule.biased) bias_.prefetch(head, row, lanes, key, n);
     Tiles::template scores<kVecs>(ws_.keys + offset * Tiles::kRowWords, padded, ws_.lanes, D_,
                                   ws_.scores);
     prefetch(kPrefetchRows);

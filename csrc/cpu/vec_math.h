@@ -31,18 +31,22 @@ ENCFAST_INLINE Vec exp2_fraction(Vec f) {
   }
 }
 
-// 2^x; 0 for x below the normal range (-inf included), NaN for NaN.
+// Smaller powers of two count as 0: beside 1 they vanish, and their products with numbers of common
+// size would be subnormal, which costs an assist of hundreds of cycles each.
+constexpr float kLeastExponent = -100.0f;
+
+// 2^x; 0 for x below kLeastExponent (-inf included), NaN for NaN.
 template <int kDegree>
 ENCFAST_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   // Toward -inf, exceptions suppressed. scalef takes the same floor of x itself.
   const Vec f = _mm512_reduce_ps(x, 0x09);
-  // Results below the normal range would cost an assist of hundreds of cycles each.
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, exp2_fraction<kDegree>(f), x);
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, splat(kLeastExponent), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(counts, exp2_fraction<kDegree>(f), x);
 #else
-  // 2^-127 is spelled 0 below, so the clamp makes everything that is too small exactly 0.
-  const Vec t = max(splat(-127.0f), x);
+  // 2^-127 is spelled 0 below.
+  const IntVec small = (IntVec)(x < splat(kLeastExponent));
+  const Vec t = (Vec)(((IntVec)x & ~small) | ((IntVec)splat(-127.0f) & small));
 #if defined(__AVX2__)
   const Vec n = _mm256_floor_ps(t);
   const IntVec k = (IntVec)_mm256_cvtps_epi32(n);

@@ -44,6 +44,7 @@ int32_t longest(const std::vector<int32_t>& lengths) {
 
 struct Outputs {
   std::vector<char> out, lse, dq, dk, dv, drel, dbias;
+  DType dbias_dtype;
 
   bool operator==(const Outputs& o) const {
     return out == o.out && lse == o.lse && dq == o.dq && dk == o.dk && dv == o.dv &&
@@ -56,6 +57,7 @@ struct Terms {
   std::vector<char> rel, bias, partials;
   std::vector<int64_t> offsets = {0}, partial_starts = {0};
   int64_t drel_elements = 0, dbias_elements = 0;
+  DType dbias_dtype = DType::kFloat32;
 
   Terms(const Case& c, VarlenAttnGeometry& g) {
     const int64_t entries = 2 * c.radius + 1;
@@ -84,6 +86,7 @@ struct Terms {
     } else {
       bias = values.make(c.dtype, heads * offsets.back());
       dbias_elements = heads * offsets.back();
+      if (heads > 1) dbias_dtype = c.dtype;
     }
     g.bias = {bias.data(), c.pairs == Pairs::kVisibility, c.dtype, offsets.data(),
               heads > 1 ? offsets.back() : 0};
@@ -91,7 +94,8 @@ struct Terms {
 
   BiasGrads grads(const Case& c, Outputs& o) {
     BiasGrads grads{};
-    if (dbias_elements > 0) grads.bias = reinterpret_cast<float*>(o.dbias.data());
+    if (dbias_elements > 0) grads.bias = o.dbias.data();
+    grads.bias_dtype = dbias_dtype;
     if (c.pairs == Pairs::kPerHead) grads.bias_head_stride = offsets.back();
     if (drel_elements > 0) grads.rel_bias = reinterpret_cast<float*>(o.drel.data());
     grads.rel_partials = reinterpret_cast<float*>(partials.data());
@@ -140,10 +144,14 @@ Outputs run_attention(const Case& c, int threads) {
   Terms terms(c, g);
 
   const int64_t size = size_of(c.dtype);
-  Outputs o{nan_filled(rows_q * c.heads * D, size),     nan_filled(rows_q * c.heads, 4),
-            nan_filled(rows_q * c.heads * D, size),     nan_filled(rows_k * c.key_heads * D, size),
-            nan_filled(rows_k * c.key_heads * D, size), nan_filled(terms.drel_elements, 4),
-            nan_filled(terms.dbias_elements, 4)};
+  Outputs o{nan_filled(rows_q * c.heads * D, size),
+            nan_filled(rows_q * c.heads, 4),
+            nan_filled(rows_q * c.heads * D, size),
+            nan_filled(rows_k * c.key_heads * D, size),
+            nan_filled(rows_k * c.key_heads * D, size),
+            nan_filled(terms.drel_elements, 4),
+            nan_filled(terms.dbias_elements, size_of(terms.dbias_dtype)),
+            terms.dbias_dtype};
   const auto plain = [&](const std::vector<char>& x, int64_t heads) {
     return ConstRows{x.data(), heads * D, D};
   };
@@ -178,10 +186,8 @@ Outputs run_attention(const Case& c, int threads) {
 
 bool check_attention(const Case& c) {
   const Outputs one = run_attention(c, 1), four = run_attention(c, 4);
-  bool written = true;
-  for (const auto* x : {&one.lse, &one.drel, &one.dbias}) {
-    written &= all_written(DType::kFloat32, *x);
-  }
+  bool written = all_written(DType::kFloat32, one.lse) && all_written(DType::kFloat32, one.drel) &&
+                 all_written(one.dbias_dtype, one.dbias);
   for (const auto* x : {&one.out, &one.dq, &one.dk, &one.dv}) written &= all_written(c.dtype, *x);
   const bool equal = one == four;
   std::printf("%-32s %s%s\n", c.name, written ? "" : "NaN or unwritten ",
