@@ -4,11 +4,12 @@ import importlib
 
 from .add_norm import add_norm
 from .glu import glu
+from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, gather_rows, pad, scatter_rows, select_rows, unpad
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu")
+OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu", "packed_linear")
 
 __all__ = [
     "OPS",
@@ -17,6 +18,8 @@ __all__ = [
     "backends",
     "gather_rows",
     "glu",
+    "pack_linear",
+    "packed_linear",
     "pad",
     "rotary",
     "rotary_qk",

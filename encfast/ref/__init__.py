@@ -5,8 +5,18 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 
 from .add_norm import add_norm
 from .glu import glu
+from .packed_linear import pack_linear, packed_linear
 from .pad import gather_rows, scatter_rows
 from .rotary import rotary
 from .varlen_attn import varlen_attn
 
-__all__ = ["add_norm", "gather_rows", "glu", "rotary", "scatter_rows", "varlen_attn"]
+__all__ = [
+    "add_norm",
+    "gather_rows",
+    "glu",
+    "pack_linear",
+    "packed_linear",
+    "rotary",
+    "scatter_rows",
+    "varlen_attn",
+]
