@@ -132,9 +132,13 @@ class EmbedCall:
         if embed.segment is not None:
             segment = expect(f"{name}.segment", embed.segment, nn.Embedding).weight
             start = segment[0] if start is None else start + segment[0]
-        norm = optional_norm(f"{name}.norm", embed.norm)
-        copies = [_copied(table, dtype) for table in (word, position, segment, start)]
-        return cls(*copies, norm)
+        return cls(
+            _copied(word, dtype),
+            _copied(position, dtype),
+            _copied(segment, dtype),
+            _copied(start, dtype),
+            optional_norm(f"{name}.norm", embed.norm),
+        )
 
     def __call__(self, tokens: PackedBatch, segments: Tensor | None) -> Tensor:
         """Ids ``[N]`` -> rows ``[N, E]``."""
@@ -209,10 +213,10 @@ class BlockCall:
     ) -> Tensor:
         queries, keys = self.heads
         rows = qkv.view(qkv.shape[0], queries + 2 * keys, self.head_dim)
-        qk, v = rows.split((queries + keys, keys), 1)
+        q, k, v = rows.split((queries, keys, keys), 1)
         if rope is not None:
-            qk = apply_rotary(qk, *rope)
-        q, k = qk.split(self.heads, 1)
+            # q and k stand side by side: one rotation for both.
+            q, k = apply_rotary(rows[:, :-keys], *rope).split(self.heads, 1)
         cu_seqlens, max_seqlen = tokens.cu_seqlens, tokens.max_seqlen
         heads, _ = _varlen_attn(q, k, v, cu_seqlens, None, max_seqlen, None, *self.rule)
         return heads.flatten(1)
