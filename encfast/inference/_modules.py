@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
-from encfast.layers import MLP, Attention, Block, Embeddings, Norm, activation, apply_rotary
+from encfast.layers import MLP, Attention, Block, Embeddings, Norm, Rotary, activation
 from encfast.layers.dropout import Dropout
 from encfast.packed import PackedBatch
 
@@ -153,6 +153,30 @@ class EmbedCall:
 
 
 @dataclass(frozen=True)
+class RotaryCall:
+    """Tables of rotation angles, computed in fp32."""
+
+    inv_freq: Tensor  # [D / 2]
+
+    @classmethod
+    def read(cls, name: str, module: nn.Module) -> RotaryCall:
+        return cls(_copied(expect(name, module, Rotary).inv_freq))
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[N, 1, D / 2]``."""
+        angles = (positions[:, None] * self.inv_freq)[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns the pairs ``(x[i], x[i + D/2])`` of ``[N, H, D]`` in place."""
+    first, second = x.chunk(2, -1)
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+
+
+@dataclass(frozen=True)
 class BlockCall:
     """One block: five ops, and two norms besides if it is pre-norm.
 
@@ -213,10 +237,9 @@ class BlockCall:
     ) -> Tensor:
         queries, keys = self.heads
         rows = qkv.view(qkv.shape[0], queries + 2 * keys, self.head_dim)
-        q, k, v = rows.split((queries, keys, keys), 1)
         if rope is not None:
-            # q and k stand side by side: one rotation for both.
-            q, k = apply_rotary(rows[:, :-keys], *rope).split(self.heads, 1)
+            _rotate(rows[:, : queries + keys], *rope)
+        q, k, v = rows.split((queries, keys, keys), 1)
         cu_seqlens, max_seqlen = tokens.cu_seqlens, tokens.max_seqlen
         heads, _ = _varlen_attn(q, k, v, cu_seqlens, None, max_seqlen, None, *self.rule)
         return heads.flatten(1)

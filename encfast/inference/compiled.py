@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +15,11 @@ from encfast.inference._modules import (
     BlockCall,
     EmbedCall,
     LinearCall,
+    RotaryCall,
     expect,
     optional_norm,
 )
-from encfast.layers import Rotary, Stack, pool
+from encfast.layers import Stack, pool
 from encfast.packed import PackedBatch
 
 Pooling = Literal["mean", "first", "last"]
@@ -98,7 +98,10 @@ class CompiledEncoder:
             for i, block in enumerate(stack.blocks)
         ]
         final_norm = optional_norm("final norm", parts.final_norm)
-        rotaries = [copy.deepcopy(expect("stack.rotaries", r, Rotary)) for r in stack.rotaries]
+        rotaries = [
+            RotaryCall.read(f"stack.rotaries.{i}", rotary)
+            for i, rotary in enumerate(stack.rotaries)
+        ]
         # Everything is read: only now may anything change.
         self._name, self._pooling = type(model).__name__, parts.pooling
         self._embed, self._project, self._final_norm = embed, project, final_norm
