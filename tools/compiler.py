@@ -23,8 +23,8 @@ if platform.machine() == "x86_64":
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     # GCC 12 warns of its own _mm512_undefined_ps (GCC bug 105593); base and AVX2 keep the warning.
     ISAS["avx512"] += ["-Wno-uninitialized"]
-    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
-    ISAS["avx512amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vnni"]
+    ISAS["avx512amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 def knows(flags):

@@ -34,14 +34,17 @@ namespace {
 }
 
 [[maybe_unused]] bool runs_avx512bf16() {
-  return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 // By cpuid: not every compiler that knows -mamx-bf16 knows the name in __builtin_cpu_supports.
-bool cpu_has_amx_bf16() {
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
+bool cpu_has_amx() {
+  // leaf 7, edx
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr unsigned kAmx = kAmxBf16 | kAmxTile | kAmxInt8;
   unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) && (edx & kAmxTile);
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmx) == kAmx;
 }
 
 // Linux hands out tile registers on request only, to the whole process, and may refuse:
@@ -52,7 +55,7 @@ bool request_amx_permission() {
 }
 
 [[maybe_unused]] bool runs_avx512amx() {
-  static const bool runs = runs_avx512bf16() && cpu_has_amx_bf16() && request_amx_permission();
+  static const bool runs = runs_avx512bf16() && cpu_has_amx() && request_amx_permission();
   return runs;
 }
 
@@ -72,12 +75,15 @@ CpuKernels choose() {
   const char* env = std::getenv("ENCFAST_CPU_ISA");
   const std::string forced = env ? env : "";
   CpuKernels chosen{};
-#define ENCFAST_TAKE(isa)                                                                 \
-  if (runs_##isa() && (forced.empty() || forced == #isa)) {                               \
-    chosen = {#isa, isa::kVarlenAttn, isa::kPad, isa::kRotary, isa::kAddNorm, isa::kGlu}; \
+#define ENCFAST_TAKE_OP(Op, op) k##Op,
+#define ENCFAST_TAKE(isa)                                   \
+  if (runs_##isa() && (forced.empty() || forced == #isa)) { \
+    using namespace isa;                                    \
+    chosen = {#isa, ENCFAST_EACH_OP(ENCFAST_TAKE_OP)};      \
   }
   ENCFAST_BUILT_ISAS(ENCFAST_TAKE)
 #undef ENCFAST_TAKE
+#undef ENCFAST_TAKE_OP
   STD_TORCH_CHECK(chosen.name, "ENCFAST_CPU_ISA='", forced,
                   "': not an ISA that this build has and this machine runs; expected one of ",
                   runnable(), ", or nothing for the widest");

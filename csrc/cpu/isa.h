@@ -6,6 +6,7 @@
 #pragma once
 #include "add_norm.h"
 #include "glu.h"
+#include "packed_linear.h"
 #include "pad.h"
 #include "rotary.h"
 #include "varlen_attn.h"
@@ -16,27 +17,32 @@
 #define ENCFAST_EACH_ISA(X) X(base)
 #endif
 
+// Each op: its kernels' type is <Op>Kernels, their name in an ISA's namespace k<Op>.
+#define ENCFAST_EACH_OP(X)       \
+  X(AddNorm, add_norm)           \
+  X(Glu, glu)                    \
+  X(PackedLinear, packed_linear) \
+  X(Pad, pad)                    \
+  X(Rotary, rotary)              \
+  X(VarlenAttn, varlen_attn)
+
 namespace encfast {
 
 struct CpuKernels {
   const char* name;
-  VarlenAttnKernels varlen_attn;
-  PadKernels pad;
-  RotaryKernels rotary;
-  AddNormKernels add_norm;
-  GluKernels glu;
+#define ENCFAST_MEMBER(Op, op) Op##Kernels op;
+  ENCFAST_EACH_OP(ENCFAST_MEMBER)
+#undef ENCFAST_MEMBER
 };
 
-#define ENCFAST_DECLARE(isa)                  \
-  namespace isa {                             \
-  extern const VarlenAttnKernels kVarlenAttn; \
-  extern const PadKernels kPad;               \
-  extern const RotaryKernels kRotary;         \
-  extern const AddNormKernels kAddNorm;       \
-  extern const GluKernels kGlu;               \
+#define ENCFAST_DECLARE_OP(Op, op) extern const Op##Kernels k##Op;
+#define ENCFAST_DECLARE(isa)          \
+  namespace isa {                     \
+  ENCFAST_EACH_OP(ENCFAST_DECLARE_OP) \
   }
 ENCFAST_EACH_ISA(ENCFAST_DECLARE)
 #undef ENCFAST_DECLARE
+#undef ENCFAST_DECLARE_OP
 
 // The table in use: the widest the machine runs, or the one ENCFAST_CPU_ISA forces. Chosen once.
 const CpuKernels& cpu_kernels();

@@ -5,9 +5,10 @@
     out = norm(out) over the row               if a norm is asked for
 
 Formats. `fp32`: fp32 products. `bf16`: x and W rounded to bfloat16, products added in fp32.
-`int8`: W quantised per output channel when packed, x per row in the call, both symmetric (scale =
-largest magnitude / 127, rounded half to even), the integer sums exact. Everything behind the
-products is fp32; there is one rounding, to x's dtype.
+`int8`: W quantised per output channel when packed, symmetrically (scale = largest magnitude / 127),
+x per row in the call, from its least to its greatest value (0 included, scale = span / 255, with a
+zero point); both rounded half to even, the integer sums exact. Everything behind the products is
+fp32; there is one rounding, to x's dtype.
 
 A row of the result depends on its own row of x and residual alone, to the bit: not on the other
 rows, their number or the number of threads. An int8 row that holds NaN or infinity yields NaN. No
@@ -16,8 +17,8 @@ rows yield none.
 There is no gradient: training keeps `nn.Linear`. The packed buffer fits the instruction set of this
 process and must not be saved; save the weight.
 
-Source of the scheme: Dettmers et al., LLM.int8() (arXiv:2208.07339), section 2.1, row-wise and
-column-wise scales.
+Sources: Dettmers et al., LLM.int8() (arXiv:2208.07339), section 2, for scales per row of x and per
+column of the product, and zero points.
 
 Backends: C++ on the CPU (AMX, AVX-512 BF16 and VNNI, AVX-512, AVX2, portable); elsewhere the
 reference.
@@ -155,7 +156,8 @@ def _check_norm(norm, norm_weight, norm_bias, norm_eps) -> None:
 
 @torch.library.register_fake("encfast::pack_linear")
 def _fake_pack(weight, format):
-    return weight.new_empty(packed_bytes(*weight.shape, format), dtype=torch.uint8)
+    rows, columns = weight.shape
+    return weight.new_empty(packed_bytes(rows, columns, format), dtype=torch.uint8)
 
 
 @torch.library.register_fake("encfast::packed_linear")

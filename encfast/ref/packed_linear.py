@@ -11,7 +11,7 @@ from torch import Tensor
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 HEADER_BYTES = 64
 LAYOUT = 0x656E632D726566  # "enc-ref": the first word of a buffer packed here
-TINY = 1e-30  # rows whose largest magnitude is not above this quantise to zeros
+TINY = 1e-30  # rows of magnitudes up to this quantise to zeros: their inverse would overflow
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -28,23 +28,37 @@ def packed_bytes(out_features: int, in_features: int, format: str) -> int:
     return HEADER_BYTES + rows * (row_bytes + (8 if format == "int8" else 0))
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 of each row of x: (integers -127..127, fp32 scales [N, 1]).
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 of each row: (integers -127..127, fp32 scales [F, 1])."""
+    weight = weight.float()
+    top = (
+        weight.abs().amax(1, keepdim=True) if weight.shape[1] else weight.new_zeros(len(weight), 1)
+    )
+    inverse = torch.where(top > TINY, top.new_tensor(127.0) / top, 0)
+    return (weight * inverse).round().to(torch.int8), torch.where(top > TINY, top / 127, 0)
 
-    A row that holds NaN or infinity has a scale that is not finite, and so yields NaN.
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """8 bits of each row, from its least to its greatest value and 0: (0..255, zero, fp32 scale).
+
+    x is about (integer - zero) * scale. A row that holds NaN or infinity, or that spans more than
+    float32, has a scale of NaN.
     """
-    x = x.float()
-    top = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
-    inverse = torch.where((top > TINY) & top.isfinite(), 127 / top, 0)
-    q = torch.nan_to_num(x * inverse, 0, 0, 0).round()
-    return q.to(torch.int8), torch.where(top > TINY, top / 127, top * 0)
+    x = torch.cat([x.float(), x.new_zeros(x.shape[0], 1, dtype=torch.float32)], 1)
+    low = x.amin(1, keepdim=True)
+    span = x.amax(1, keepdim=True) - low
+    wide = (span > TINY) & span.isfinite()
+    inverse = torch.where(wide, span.new_tensor(255.0) / span, 0)
+    zero = torch.where(wide, -low * inverse, 0).round()
+    q = ((x[:, :-1] * inverse).nan_to_num(0, 0, 0).round() + zero).clamp(0, 255)
+    return q, zero, torch.where(wide, span / 255, (span - span) * 0)
 
 
 def pack_linear(weight: Tensor, format: str) -> Tensor:
     """weight [F, C] to a uint8 buffer. Args are those of `encfast.ops.pack_linear`."""
     rows, columns = weight.shape
     if format == "int8":
-        q, scale = quantize_rows(weight)
+        q, scale = quantize_weight(weight)
         parts = [scale.contiguous().view(torch.uint8), q.contiguous().view(torch.uint8)]
     else:
         dtype = torch.float32 if format == "fp32" else torch.bfloat16
@@ -94,9 +108,10 @@ def packed_linear(
     compute = torch.promote_types(x.dtype, torch.float32)
     weight, scale = unpack_linear(packed, out_features, x.shape[1], format)
     if scale is not None:
-        q, x_scale = quantize_rows(x)
+        q, zero, x_scale = quantize_rows(x)
         # float64 holds the integer sums exactly.
-        y = (q.double() @ weight.double().mT).to(compute) * (x_scale * scale.mT).to(compute)
+        sums = (q - zero).double() @ weight.double().mT
+        y = sums.to(compute) * (x_scale * scale.mT).to(compute)
     else:
         rounded = x.to(weight.dtype) if format == "bf16" else x
         y = rounded.to(compute) @ weight.to(compute).mT
