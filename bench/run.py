@@ -25,7 +25,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("encoder", "training", "varlen_attn", "pad", "rotary", "add_norm", "glu")
+BENCHES = (
+    "encoder",
+    "training",
+    "varlen_attn",
+    "pad",
+    "rotary",
+    "add_norm",
+    "glu",
+    "packed_linear",
+)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
