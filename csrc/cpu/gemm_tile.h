@@ -8,6 +8,9 @@
 // Per k: kVecs vector loads, kRows words broadcast from memory, and kRows * kVecs multiply-adds,
 // which are the bound.
 //
+// What C held before is added at the end: a sum over many blocks of k is then one of partial sums,
+// whose rounding grows with the number of blocks and not with the number of terms.
+//
 // A word is a float, or a pair of bf16 that one instruction multiplies and adds (DotBf16).
 #pragma once
 #include "vec.h"
@@ -43,7 +46,7 @@ ENCFAST_INLINE void gemm_tile(const float* a, const float* b, int ldb, int n_k, 
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = accumulate ? load(c + i * ldc + v * kW) : zeros();
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = zeros();
   }
 #pragma GCC unroll 2
   for (int k = 0; k < n_k; ++k) {
@@ -60,7 +63,10 @@ ENCFAST_INLINE void gemm_tile(const float* a, const float* b, int ldb, int n_k, 
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) store(c + i * ldc + v * kW, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* p = c + i * ldc + v * kW;
+      store(p, accumulate ? load(p) + acc[i][v] : acc[i][v]);
+    }
   }
 }
 

@@ -1,10 +1,9 @@
 // Parameters of the glu cores: what the binding hands over once everything has been checked.
 #pragma once
+#include "activation.h"
 #include "matrix.h"
 
 namespace encfast {
-
-enum class Activation : int32_t { kGelu, kGeluTanh, kSilu, kRelu };
 
 // F is the width of the output. Ungated rows of x are the F activated columns; gated ones have 2F,
 // the activated ones from column `activated` on, the factors from column `factor` on.

@@ -8,67 +8,10 @@
 // over the row in L1.
 #pragma once
 #include "linear_words.h"
-#include "vec_math.h"
+#include "vec_activation.h"
 
 namespace encfast::ENCFAST_ISA {
 namespace {
-
-// P(Z > a) of a standard normal Z for 0 <= a <= 6, as 2^Q(a) with Q minimax in the absolute error
-// of a * P: below 1.1e-8 (exact), 5.4e-7 (results to be rounded to bf16).
-template <bool kExact>
-ENCFAST_INLINE Vec upper_tail(Vec a) {
-  Vec q;
-  if constexpr (kExact) {
-    q = fma(splat(-1.991899580e-6f), a, splat(2.927201604e-5f));
-    q = fma(q, a, splat(-1.380883186e-4f));
-    q = fma(q, a, splat(-2.534363593e-4f));
-    q = fma(q, a, splat(7.216389757e-3f));
-    q = fma(q, a, splat(-5.260305107e-2f));
-    q = fma(q, a, splat(-4.591722190e-1f));
-    q = fma(q, a, splat(-1.151109695f));
-    q = fma(q, a, splat(-9.999998808e-1f));
-    return exp2<6>(q);
-  } else {
-    q = fma(splat(-4.876074672e-4f), a, splat(7.194247097e-3f));
-    q = fma(q, a, splat(-5.213135481e-2f));
-    q = fma(q, a, splat(-4.596203864e-1f));
-    q = fma(q, a, splat(-1.150982141f));
-    q = fma(q, a, splat(-1.000005126f));
-    return exp2<4>(q);
-  }
-}
-
-// x P(Z <= x). From 6 on the tail is below half an eps of float32 at 1.
-template <bool kExact>
-ENCFAST_INLINE Vec gelu(Vec x) {
-  const Vec a = abs(x);
-  const Vec lost = select_within(zeros(), a, splat(6.0f), a * upper_tail<kExact>(a), zeros());
-  return max(zeros(), x) - lost;
-}
-
-// x / (1 + 2^-t); the bound keeps the power finite.
-template <bool kExact>
-ENCFAST_INLINE Vec times_sigmoid2(Vec x, Vec t) {
-  return x / (splat(1.0f) + exp2<kExact ? 6 : 4>(zeros() - max(splat(-126.0f), t)));
-}
-
-template <Activation kAct, bool kExact>
-ENCFAST_INLINE Vec activate(Vec x) {
-  if constexpr (kAct == Activation::kGelu) {
-    return gelu<kExact>(x);
-  } else if constexpr (kAct == Activation::kGeluTanh) {
-    // tanh(u) = 2 sigmoid(2u) - 1, u = sqrt(2 / pi) (x + 0.044715 x^3).
-    constexpr float kTwoU = 1.59576912f * kLog2e;
-    const Vec t = x * fma(x * x, splat(kTwoU * 0.044715f), splat(kTwoU));
-    return times_sigmoid2<kExact>(x, t);
-  } else if constexpr (kAct == Activation::kSilu) {
-    return times_sigmoid2<kExact>(x, x * splat(kLog2e));
-  } else if constexpr (kAct == Activation::kRelu) {
-    return max(zeros(), x);
-  } else {
-    return x;
-  }
-}
 
 ENCFAST_INLINE Vec load_lanes(const float* p, int lanes) {
   return lanes == kW ? load(p) : load_partial_as<DType::kFloat32>(p, lanes);
@@ -159,7 +102,7 @@ struct Epilogue {
 
   static ENCFAST_INLINE Vec before_norm(const EpilogueTask& t, const float* c, const RowScale& x,
                                         int64_t r, int64_t i, int lanes) {
-    Vec y = activate<kAct, kExact>(linear(t, c, t.a, x, i, lanes));
+    Vec y = Act<kAct, kExact>::value(linear(t, c, t.a, x, i, lanes));
     if (t.p->gated) y *= linear(t, c, t.b, x, i, lanes);
     const MatrixView& residual = t.p->residual;
     if (residual.data) {

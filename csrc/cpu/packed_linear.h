@@ -3,13 +3,13 @@
 #pragma once
 #include <cstdint>
 
+#include "activation.h"
 #include "parallel.h"
 #include "varlen_attn.h"  // DType
 
 namespace encfast {
 
 enum class LinearFormat : int32_t { kFp32, kBf16, kInt8 };
-enum class Activation : int32_t { kNone, kGelu, kGeluTanh, kSilu, kRelu };
 enum class Norm : int32_t { kNone, kLayerNorm, kRmsNorm };
 
 // A packed weight [F, C] is, behind a header of 64 bytes, one panel per 32 rows (output columns):
