@@ -76,7 +76,7 @@ def _quiet():
 def _onnx_file(folder: Path) -> Path:
     """The model in ONNX, batch and length free.
 
-    By the TorchScript exporter: ONNX Runtime fuses more of its graph (8 % faster on MiniLM).
+    By the TorchScript exporter: ONNX Runtime fuses more of its graph and is faster.
     """
     file = scratch_folder() / "model.onnx"
     names = ["input_ids", "attention_mask"]
@@ -135,7 +135,7 @@ def onnxruntime_build(folder: Path, dtype: torch.dtype) -> Build:
 
 @functools.lru_cache
 def _openvino_model(folder: Path) -> Any:
-    """Converted from PyTorch, not from ONNX: attention stays one operation (10 to 15 % faster)."""
+    """Converted from PyTorch, not from ONNX: attention stays one operation, which is faster."""
     import openvino
 
     with _quiet(), torch.no_grad():
