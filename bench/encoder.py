@@ -20,7 +20,7 @@ import runtimes
 import torch
 import torch.nn.functional as F
 from checkpoints import BERT_BASE, Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant, absent
+from harness import BenchSpec, Call, Gate, Setting, Variant
 from runtimes import Build, Infer, Runtime
 from shapes import (
     BERT_MAX_TOKENS,
@@ -285,7 +285,6 @@ _PACKED = (
 _ENGINE = tuple(
     _variant(f"encfast engine {short}", dtype, _encfast_engine, ours=True)
     for short, dtype in (("fp32", FP32), ("bf16", BF16), ("int8", INT8))
-    if not absent(("encfast.inference",))
 )
 
 

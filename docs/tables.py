@@ -69,17 +69,27 @@ def figures() -> str:
         f"| | encfast | against | one thread, CPU time | {threads} threads, wall time |",
         "|---|---|---|---|---|",
     ]
-    for r in run["ratios"]:
-        if not r["spec"].startswith("pad/"):
-            one, many = f"{r['one']:.2f} x", f"{r['many']:.2f} x" if r["many"] else "-"
-            rows.append(f"| {titles[r['spec']]} | {r['ours']} | {r['peer']} | {one} | {many} |")
+    for r in strongest(run["ratios"]):
+        one, many = f"{r['one']:.2f} x", f"{r['many']:.2f} x" if r["many"] else "-"
+        rows.append(f"| {titles[r['spec']]} | {r['ours']} | {r['peer']} | {one} | {many} |")
+    peers = ", ".join(f"{name} {which}" for name, which in env["peers"].items() if which)
     busy = env["cores_busy_with_other_programs"] or 0
     where = (
         f"{env['cpu']} with {env['cores']} cores (kernel table `{env['encfast']['cpu']['isa']}`), "
-        f"PyTorch {versions['torch']}, transformers {versions['transformers']}, "
+        f"PyTorch {versions['torch']}, {peers}, "
         f"{env['date'][:10]}, suite `{env['suite']}`; other programs kept {busy:.1f} cores busy."
     )
     return f"![throughput](docs/bench.png)\n\n{where}\n\n" + "\n".join(rows)
+
+
+def strongest(ratios: list[dict]) -> list[dict]:
+    """Of each variant of ours the row with the peer that comes closest; row moves left out."""
+    found: dict[tuple[str, str], dict] = {}
+    for r in ratios:
+        key = r["spec"], r["ours"]
+        if not r["spec"].startswith("pad/") and (key not in found or r["one"] < found[key]["one"]):
+            found[key] = r
+    return list(found.values())
 
 
 def example() -> str:

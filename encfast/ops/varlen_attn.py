@@ -13,6 +13,7 @@ keys p - left .. p + right, and -1 is no bound; `causal` sets right to 0. ALiBi 
 slopes are positive and are subtracted. `rel_bias` has R = 2 r + 1 entries, offset -r first; farther
 keys take the entry at the end. `bias` holds one matrix per sequence, packed. Order: softcap, then
 ALiBi and the biases, then the mask. Without softcap, s_ij starts from scale * q_i k_j.
+A bias that takes s_ij below -1e38 hides the pair, as -inf does.
 
 Dropout. keep_ij compares 16 bits of Philox4x32-10, counted by (sequence, head, i, j) and keyed by
 `rng`, with p: forward, backward and every backend draw the same mask (`encfast.ref.philox`).

@@ -200,6 +200,9 @@ def _scale(seq: _Sequence, scale: float | None) -> float:
     return seq.q.shape[-1] ** -0.5 if scale is None else scale
 
 
+_LOWEST_SCORE = -1e38
+
+
 def _scores(seq: _Sequence, terms: _Terms) -> tuple[Tensor, Tensor | float]:
     """Scores [H, Lq, Lk], -inf where a key is hidden, and the softcap's derivative."""
     s = torch.einsum("ihd,jhd->hij", seq.q, seq.k) * _scale(seq, terms.scale)
@@ -220,7 +223,8 @@ def _scores(seq: _Sequence, terms: _Terms) -> tuple[Tensor, Tensor | float]:
             hidden = hidden | ~matrix
         else:
             s = s + matrix.to(s.dtype)
-    return s.masked_fill(hidden, float("-inf")), dcap
+    # The lowest finite number of float32 or bfloat16 as a bias means hidden, also to a whole row.
+    return s.masked_fill(hidden | (s < _LOWEST_SCORE), float("-inf")), dcap
 
 
 def _outside(offset: Tensor, left: int, right: int) -> Tensor:

@@ -382,3 +382,12 @@ def test_dropout_is_passed_on(monkeypatch):
         fa.flash_attn_func(Q, Q, Q, dropout_p=p)
         fa.flash_attn_qkvpacked_func(torch.stack((Q, Q, Q), 2), p)
     assert seen == [0.25] * 3 + [None] * 3
+
+
+def test_dropout_keeps_the_mean():
+    """Equal weights on 64 values of 1: the kept ones, scaled, sum to 1 on average."""
+    torch.manual_seed(0)
+    q = torch.zeros(2, 64, 4, 16)
+    out = fa.flash_attn_func(q, q, torch.ones_like(q), dropout_p=0.5)
+    assert abs(out.mean().item() - 1) < 0.02
+    assert out.min() < 0.9 and out.max() > 1.1
