@@ -24,6 +24,7 @@ _NORMS = ("norm1", "norm2")
 _ACTIVATIONS = {activation(name): name for name in ("gelu", "gelu_tanh", "silu", "relu")}
 _packed_linear = torch.ops.encfast.packed_linear.default
 _varlen_attn = torch.ops.encfast.varlen_attn.default
+_rotary = torch.ops.encfast.rotary.default
 _gather_rows = torch.ops.encfast.gather_rows.default
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -162,18 +163,10 @@ class RotaryCall:
     def read(cls, name: str, module: nn.Module) -> RotaryCall:
         return cls(_copied(expect(name, module, Rotary).inv_freq))
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[N, 1, D / 2]``."""
-        angles = (positions[:, None] * self.inv_freq)[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turns the pairs ``(x[i], x[i + D/2])`` of ``[N, H, D]`` in place."""
-    first, second = x.chunk(2, -1)
-    crossed = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(crossed)
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 ``[N, D / 2]``."""
+        angles = positions[:, None] * self.inv_freq
+        return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)
@@ -237,9 +230,9 @@ class BlockCall:
     ) -> Tensor:
         queries, keys = self.heads
         rows = qkv.view(qkv.shape[0], queries + 2 * keys, self.head_dim)
-        if rope is not None:
-            _rotate(rows[:, : queries + keys], *rope)
         q, k, v = rows.split((queries, keys, keys), 1)
+        if rope is not None:
+            q, k = _rotary(q, k, *rope, None, False, False)
         cu_seqlens, max_seqlen = tokens.cu_seqlens, tokens.max_seqlen
         heads, _ = _varlen_attn(q, k, v, cu_seqlens, None, max_seqlen, None, *self.rule)
         return heads.flatten(1)

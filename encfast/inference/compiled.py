@@ -178,7 +178,7 @@ class CompiledEncoder:
         ropes: list[Any] = []
         if self._rotaries:
             positions = tokens.positions()
-            ropes = [rotary(positions, x.dtype) for rotary in self._rotaries]
+            ropes = [rotary(positions) for rotary in self._rotaries]
         last = len(self._blocks) - 1
         for i, (block, which) in enumerate(self._blocks):
             rope = None if which is None else ropes[which]
