@@ -18,12 +18,16 @@
 namespace encfast::ENCFAST_ISA {
 namespace {
 
-struct DotF32 {
+struct FloatSums {
+  static ENCFAST_INLINE Vec add(Vec a, Vec b) { return a + b; }
+};
+
+struct DotF32 : FloatSums {
   static ENCFAST_INLINE Vec apply(Vec acc, Vec a, Vec b) { return fma(a, b, acc); }
 };
 
 #if defined(__AVX512BF16__)
-struct DotBf16 {
+struct DotBf16 : FloatSums {
   static ENCFAST_INLINE Vec apply(Vec acc, Vec a, Vec b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
   }
@@ -65,7 +69,7 @@ ENCFAST_INLINE void gemm_tile(const float* a, const float* b, int ldb, int n_k, 
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       float* p = c + i * ldc + v * kW;
-      store(p, accumulate ? load(p) + acc[i][v] : acc[i][v]);
+      store(p, accumulate ? Dot::add(load(p), acc[i][v]) : acc[i][v]);
     }
   }
 }

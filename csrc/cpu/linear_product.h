@@ -18,7 +18,7 @@ namespace {
 
 #if !defined(__AVX512BF16__)
 // Pairs of bf16 as two fp32 products.
-struct DotBf16Widened {
+struct DotBf16Widened : FloatSums {
   static ENCFAST_INLINE Vec apply(Vec acc, Vec a, Vec b) {
     const int32_t kHigh = static_cast<int32_t>(0xffff0000);
     acc = fma((Vec)((IntVec)a << 16), (Vec)((IntVec)b << 16), acc);
@@ -30,6 +30,7 @@ struct DotBf16Widened {
 // Four unsigned bytes of a times four signed ones of b. Without VNNI in 16-bit halves, whose
 // products and sums of two are exact; the byte instruction (pmaddubsw) would saturate.
 struct DotInt8 {
+  static ENCFAST_INLINE Vec add(Vec a, Vec b) { return (Vec)((IntVec)a + (IntVec)b); }
   static ENCFAST_INLINE Vec apply(Vec acc, Vec a, Vec b) {
 #if defined(__AVX512VNNI__)
     return (Vec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);

@@ -185,7 +185,10 @@ struct Linear {
     }
     if (job.p.gated) {
       const int64_t from = job.p.F / 2 + t.begin, lead = from % kPanel;
-      for (int64_t j = 0; j < t.width + lead; j += kPanel) {
+      // In a shared C the panel that reaches into the next chunk is that chunk's.
+      const bool next_has_rest = job.plan.shared && t.begin + t.width < job.plan.width;
+      const int64_t width = t.width + (next_has_rest ? 0 : lead);
+      for (int64_t j = 0; j < width; j += kPanel) {
         multiply_panel(job, t, k, r, group, from - lead + j, job.plan.b_at + j);
       }
     }

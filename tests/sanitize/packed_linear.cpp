@@ -29,6 +29,8 @@ const Case kCases[] = {
     {"bf16 layernorm", kBf16, kF, 300, 40, 70, Activation::kNone, false, Norm::kLayerNorm},
     {"int8 layernorm, few rows", kInt8, kF, 3, 600, 70, Activation::kNone, false, Norm::kLayerNorm},
     {"fp32 rmsnorm, few rows", kFp32, kF, 5, 300, 90, Activation::kRelu, true, Norm::kRmsNorm},
+    {"fp32 gated, chunks share panels", kFp32, kB, 8, 2000, 1000, Activation::kRelu, true,
+     Norm::kLayerNorm},
     {"int8 one value", kInt8, kF, 1, 1, 1, Activation::kNone, false, Norm::kNone},
 };
 
