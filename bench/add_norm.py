@@ -111,7 +111,7 @@ def specs(setting: Setting) -> list[BenchSpec]:
         return [_spec(w, (5, 24), torch.float32, setting, 0.2) for w in ("fwd", "fwd+bwd")]
     shapes = SHAPES[1:2] if setting.suite == "quick" else SHAPES
     return [
-        _spec(what, shape, dtype, setting, 1.0 if setting.suite == "quick" else 4.0)
+        _spec(what, shape, dtype, setting, 0.5 if setting.suite == "quick" else 2.0)
         for what in ("fwd", "fwd+bwd")
         for shape in shapes
         for dtype in (torch.float32, torch.bfloat16)
