@@ -108,7 +108,7 @@ def _spec(
 def specs(setting: Setting) -> list[BenchSpec]:
     """The benches of this op in a suite."""
     if setting.suite == "tiny":
-        return [_spec(w, (5, 24), torch.float32, setting, 0.2) for w in ("fwd", "fwd+bwd")]
+        return [_spec(w, (5, 24), torch.float32, setting, 0.1) for w in ("fwd", "fwd+bwd")]
     shapes = SHAPES[1:2] if setting.suite == "quick" else SHAPES
     return [
         _spec(what, shape, dtype, setting, 0.5 if setting.suite == "quick" else 2.0)

@@ -139,7 +139,7 @@ def _spec(
         verify=functools.partial(_verify, form=form, backward=backward),
         bytes=lambda i: float(form.moved[backward] * i.dout.nbytes),
         pairs=(("encfast", form.peer),),
-        budget_s={"tiny": 0.2, "quick": 0.5}.get(setting.suite, 1.0),
+        budget_s={"tiny": 0.1, "quick": 0.5}.get(setting.suite, 1.0),
     )
 
 

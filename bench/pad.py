@@ -146,7 +146,7 @@ def _spec(
         bytes=moved,
         pairs=tuple(("encfast", peer) for peer in peers),
         needs=needs,
-        budget_s=1.0 if setting.suite == "quick" else 5.0,
+        budget_s={"tiny": 0.1, "quick": 1.0, "full": 5.0}[setting.suite],
     )
 
 

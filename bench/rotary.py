@@ -152,7 +152,7 @@ def _spec(
         bytes=lambda i: _bytes(i) * (1 if what == "fwd" else 2),
         pairs=(("encfast", "plain PyTorch"), ("encfast", "clone")),
         needs=needs,
-        budget_s=0.5 if setting.suite == "quick" else 3.0,
+        budget_s={"tiny": 0.1, "quick": 0.5, "full": 3.0}[setting.suite],
     )
 
 

@@ -184,7 +184,7 @@ def _spec(
         tokens=_tokens,
         pairs=tuple((ours, v.name) for v in variants[:-1]),
         needs=needs,
-        budget_s=6.0 if setting.suite == "quick" else 20.0,
+        budget_s={"tiny": 0.2, "quick": 6.0, "full": 20.0}[setting.suite],
         charted=True,
     )
 
