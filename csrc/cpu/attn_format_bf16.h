@@ -18,7 +18,7 @@ template <int kD>
 struct Bf16Format {
   static constexpr int kHeadWidth = kD;
   static constexpr int kRowWords = kD / 2;
-  static constexpr int kExp2Degree = 4;
+  static constexpr int kExp2Degree = 3;
   static constexpr bool kExact = false;
   static constexpr bool kRowsServeAll = false;
   static constexpr int kQueryBlock = 2 * kLanes;

@@ -10,13 +10,18 @@ namespace {
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 
-// 2^f for f in [0, 1]. Relative error: degree 4 2.6e-6 (results to be rounded to bf16), degree 6
-// 2e-9 plus fp32 rounding.
+// 2^f for f in [0, 1]. Relative error: degree 3 7.5e-5 (results to be rounded to bf16 themselves,
+// which loses 2e-3), degree 4 2.6e-6 (values to be computed with before that), degree 6 2e-9 plus
+// fp32 rounding.
 template <int kDegree>
 ENCFAST_INLINE Vec exp2_fraction(Vec f) {
-  static_assert(kDegree == 4 || kDegree == 6, "coefficients exist for degrees 4 and 6");
+  static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "no coefficients of this degree");
   Vec p;
-  if constexpr (kDegree == 4) {
+  if constexpr (kDegree == 3) {
+    p = fma(splat(0.0780245215f), f, splat(0.226067156f));
+    p = fma(p, f, splat(0.695833564f));
+    return fma(p, f, splat(0.999925196f));
+  } else if constexpr (kDegree == 4) {
     p = fma(splat(0.0135341678f), f, splat(0.0520114601f));
     p = fma(p, f, splat(0.241442755f));
     p = fma(p, f, splat(0.693003833f));
