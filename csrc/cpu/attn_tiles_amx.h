@@ -51,9 +51,14 @@ struct AmxTiles : Bf16Format<kD> {
 
   template <int kVecs>
   static void scores(const float* rows, int n, const float* lanes, int D, float* s) {
-    amx_gemm<TileTerms::kBf16>({rows, kRowWords, 16 * kRowWords, 16},
-                               {lanes, kLanes, 16, 16 * kLanes}, n, kVecs * kW, (D + 31) / 32, s,
-                               kLanes, false);
+    const TileOperand keys = {rows, kRowWords, 16 * kRowWords, 16};
+    const TileOperand queries = {lanes, kLanes, 16, 16 * kLanes};
+    const int k_tiles = (D + 31) / 32;
+    if (kVecs == 2 && k_tiles == 2) {
+      amx_gemm_held<TileTerms::kBf16>(keys, queries, n, s, kLanes);
+    } else {
+      amx_gemm<TileTerms::kBf16>(keys, queries, n, kVecs * kW, k_tiles, s, kLanes, false);
+    }
   }
 
   template <int kVecs>

@@ -119,6 +119,33 @@ inline void amx_gemm(TileOperand a, TileOperand b, int m, int n, int k_tiles, fl
   memory_barrier();
 }
 
+// m x 32 results (m a multiple of 16) over two steps of terms: the four tiles of B are loaded once
+// and stay while the rows of A pass by.
+template <TileTerms kTerms>
+inline void amx_gemm_held(TileOperand a, const TileOperand& b, int m, float* c, int ldc) {
+  const int64_t a_bytes = 4 * static_cast<int64_t>(a.row_stride);
+  const int64_t b_bytes = 4 * static_cast<int64_t>(b.row_stride);
+  const int64_t c_bytes = 4 * static_cast<int64_t>(ldc);
+  memory_barrier();
+  _tile_loadd(4, b.data, b_bytes);
+  _tile_loadd(5, b.data + b.tile_stride, b_bytes);
+  _tile_loadd(6, b.data + b.k_stride, b_bytes);
+  _tile_loadd(7, b.data + b.k_stride + b.tile_stride, b_bytes);
+  for (int i = 0; i < m; i += 16, a.data += a.tile_stride, c += 16 * static_cast<int64_t>(ldc)) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, a.data, a_bytes);
+    _tile_loadd(3, a.data + a.k_stride, a_bytes);
+    ENCFAST_TILE_DOT(0, 2, 4);
+    ENCFAST_TILE_DOT(1, 2, 5);
+    ENCFAST_TILE_DOT(0, 3, 6);
+    ENCFAST_TILE_DOT(1, 3, 7);
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+  }
+  memory_barrier();
+}
+
 #undef ENCFAST_TILE_DOT
 
 }  // namespace
