@@ -134,7 +134,10 @@ struct LaneScore {
   // Score + shift of raw product s with the block's key j. With a softcap, *tanh_out
   // receives its tanh, whose derivative the backward needs.
   ENCFAST_INLINE Vec operator()(Vec s, int j, Vec shift, Vec* tanh_out) const {
-    const Vec key = splat(static_cast<float>(j));
+    return at(s, j, splat(static_cast<float>(j)), shift, tanh_out);
+  }
+  // `key`: j in all lanes, for loops that count in vectors.
+  ENCFAST_INLINE Vec at(Vec s, int j, Vec key, Vec shift, Vec* tanh_out) const {
     if constexpr (kBiased) shift += bias.at(j);
     Vec x;
     if constexpr (kSoftcap) {
@@ -169,19 +172,28 @@ inline void max_over_keys(const float* s, int n, Vec m[kVecs]) {
   for (int v = 0; v < kVecs; ++v) m[v] = max(even[v], odd[v]);
 }
 
-// Replaces raw products by scores in place, times `unit`.
+// Replaces raw products by scores in place, times `unit`; m = their maximum over keys, per lane.
 template <int kVecs>
 inline void apply_rule(const ScoreRule& rule, bool masked, float unit, int64_t row, int64_t key,
-                       int n, LaneRows bias, float* s) {
+                       int n, LaneRows bias, float* s, Vec m[kVecs]) {
   with_mode(rule, rule.biased, masked, [&](auto tag) {
-    for (int v = 0; v < kVecs; ++v) {
-      const LaneScore<decltype(tag)::value> score(rule, row + v * kW, key, unit, bias.vec(v));
-      for (int j = 0; j < n; ++j) {
+    using Score = LaneScore<decltype(tag)::value>;
+    const Score score[2] = {{rule, row, key, unit, bias.vec(0)},
+                            {rule, row + kW, key, unit, bias.vec(1)}};
+    Vec top[kVecs];
+    for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());
+    Vec key_of_block = zeros();
+    for (int j = 0; j < n; ++j, key_of_block += splat(1.0f)) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
         float* p = s + j * kLanes + v * kW;
         Vec unused;
-        store(p, score(load(p), j, zeros(), &unused));
+        const Vec x = score[v].at(load(p), j, key_of_block, zeros(), &unused);
+        store(p, x);
+        top[v] = max(top[v], x);
       }
     }
+    for (int v = 0; v < kVecs; ++v) m[v] = top[v];
   });
 }
 
@@ -200,11 +212,10 @@ struct RunningSoftmax {
     }
   }
 
-  // Takes in scores factor * s[n][kLanes], factor > 0; when some maximum grew, rescales the sums
-  // and the output out[D][kLanes] (null: there is none yet).
-  void raise(const float* s, int n, float factor, int D, float* out) {
-    Vec block_max[kVecs], decay[kVecs];
-    max_over_keys<kVecs>(s, n, block_max);
+  // Takes in a block of scores whose maximum is factor * block_max, factor > 0; when some maximum
+  // grew, rescales the sums and the output out[D][kLanes] (null: there is none yet).
+  void raise(const Vec block_max[kVecs], float factor, int D, float* out) {
+    Vec decay[kVecs];
     bool grew = false;
     for (int v = 0; v < kVecs; ++v) {
       const Vec m = max(max_score[v], block_max[v] * splat(factor));

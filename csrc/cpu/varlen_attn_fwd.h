@@ -194,13 +194,16 @@ class Forward {
                                   ws_.scores);
     prefetch(kPrefetchRows);
     float factor = rule.scale * Unit::kPerNatural;
+    Vec block_max[kVecs];
     if (masked || !rule.is_linear()) {
       const LaneRows bias =
           rule.biased ? bias_.template fill<kVecs>(head, row, lanes, key, n) : kNoBias;
-      apply_rule<kVecs>(rule, masked, Unit::kPerNatural, row, key, n, bias, ws_.scores);
+      apply_rule<kVecs>(rule, masked, Unit::kPerNatural, row, key, n, bias, ws_.scores, block_max);
       factor = 1.0f;
+    } else {
+      max_over_keys<kVecs>(ws_.scores, n, block_max);
     }
-    softmax.raise(ws_.scores, n, factor, D_, first ? nullptr : out);
+    softmax.raise(block_max, factor, D_, first ? nullptr : out);
     if (g_.dropout.threshold > 0) {
       fill_dropout<kVecs>(g_.dropout, task_.b, head, row, key, n, ws_.keep);
       exponentiate<kVecs, true>(n, padded, factor, softmax);
