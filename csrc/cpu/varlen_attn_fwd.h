@@ -49,8 +49,9 @@ class Forward {
   static constexpr int kKeyBlock = Tiles::kKeyBlock;
   // 64 Ki words of keys and as many of values: 512 KiB.
   static constexpr int64_t kPanel = round_up(65536 / Tiles::kRowWords, kKeyBlock);
-  // Rows of each tensor fetched ahead, twice per tile and key block.
-  static constexpr int kPrefetchRows = kLanes / 2;
+  // Rows of each tensor fetched ahead, four times per tile and key block: many at once would fill
+  // the line fill buffers and stop the core.
+  static constexpr int kPrefetchRows = kLanes / 4;
   // A tile from panel to panel: O^T, then maxima and sums.
   static constexpr int64_t kTileWords = (Tiles::kHeadWidth + 2) * kLanes;
 
@@ -190,6 +191,7 @@ class Forward {
     const int padded = static_cast<int>(round_up(n, Tiles::kKeyStep));
     const int64_t offset = key - packed_begin_;
     if (rule.biased) bias_.prefetch(head, row, lanes, key, n);
+    prefetch(kPrefetchRows);
     Tiles::template scores<kVecs>(ws_.keys + offset * Tiles::kRowWords, padded, ws_.lanes, D_,
                                   ws_.scores);
     prefetch(kPrefetchRows);
@@ -204,6 +206,7 @@ class Forward {
       max_over_keys<kVecs>(ws_.scores, n, block_max);
     }
     softmax.raise(block_max, factor, D_, first ? nullptr : out);
+    prefetch(kPrefetchRows);
     if (g_.dropout.threshold > 0) {
       fill_dropout<kVecs>(g_.dropout, task_.b, head, row, key, n, ws_.keep);
       exponentiate<kVecs, true>(n, padded, factor, softmax);
