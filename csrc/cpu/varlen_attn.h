@@ -28,7 +28,7 @@ struct Rows {
 // Forward tasks begin at multiples of kTaskRowBlock and hold at most kTaskRows rows, counted over
 // those heads, or one row block of each: workspaces are sized by that.
 constexpr int64_t kTaskRowBlock = 64;
-constexpr int64_t kTaskRows = 512;
+constexpr int64_t kTaskRows = 2048;
 struct VarlenAttnTask {
   int32_t b;
   int32_t hk;
