@@ -4,8 +4,8 @@
 //   out = act(y), or act(a) * b of two column ranges, + residual
 //   out = norm(out)            where the task holds whole rows
 //
-// One pass in registers from C to the output; a norm stores to C first and makes two more passes
-// over the row in L1.
+// One pass in registers from C to the output; a norm sums on the way, stores to C and makes two
+// more passes over the row in L1.
 #pragma once
 #include "linear_words.h"
 #include "vec_activation.h"
@@ -15,16 +15,6 @@ namespace {
 
 ENCFAST_INLINE Vec load_lanes(const float* p, int lanes) {
   return lanes == kW ? load(p) : load_partial_as<DType::kFloat32>(p, lanes);
-}
-
-// Elements of a row of any dtype. The switch is the same for every call of a task.
-ENCFAST_INLINE Vec load_lanes(DType t, const char* p, int lanes) {
-  Vec v = zeros();
-  with_dtype(t, [&](auto tag) {
-    constexpr DType kT = decltype(tag)::value;
-    v = lanes == kW ? load_as<kT>(p) : load_partial_as<kT>(p, lanes);
-  });
-  return v;
 }
 
 // Columns [begin, begin + width) of the weight's rows, at `at` in a row of C.
@@ -48,102 +38,174 @@ struct EpilogueTask {
   Columns a, b;        // b only if gated
 };
 
-template <DType kT, Activation kAct, bool kInt8>
-struct Epilogue {
-  static constexpr bool kExact = kT != DType::kBFloat16;
-
-  static void run(const EpilogueTask& t) {
-    for (int64_t r = 0; r < t.rows; ++r) {
-      char* out =
-          static_cast<char*>(t.p->out) + ((t.row + r) * t.out_stride + t.begin) * element_bytes(kT);
-      float* c = t.c + r * t.ldc;
-      const RowScale x = kInt8 ? t.x_scales[r] : RowScale{};
-      if (t.p->norm == Norm::kNone) {
-        each_vector(t.width, [&](int64_t i, int lanes) {
-          put(out, i, before_norm(t, c, x, r, i, lanes), lanes);
-        });
-      } else {
-        each_vector(t.width,
-                    [&](int64_t i, int lanes) { store(c + i, before_norm(t, c, x, r, i, lanes)); });
-        normalize(*t.p, c, t.width, out);
-      }
+// kRows rows of a task at a time: they share what is read of the weight's rows and norm, and their
+// sums are independent chains. A row's own sums have one order whatever kRows.
+//
+// Members are copies, which live in registers: a store may alias anything behind a pointer.
+template <DType kT, Activation kAct, bool kInt8, int kRows>
+class EpilogueRows {
+ public:
+  ENCFAST_INLINE EpilogueRows(const EpilogueTask& t, int64_t r)
+      : width_(t.width),
+        a_(columns(t, t.a)),
+        b_(columns(t, t.b)),
+        gated_(t.p->gated),
+        residual_dtype_(t.p->residual.dtype) {
+    const MatrixView& residual = t.p->residual;
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = t.row + r + i;
+      c_[i] = t.c + (r + i) * t.ldc;
+      x_[i] = kInt8 ? t.x_scales[r + i] : RowScale{};
+      out_[i] = static_cast<char*>(t.p->out) + (row * t.out_stride + t.begin) * element_bytes(kT);
+      residual_[i] = residual.data
+                         ? static_cast<const char*>(residual.data) +
+                               (row * residual.stride + t.begin) * element_bytes(residual_dtype_)
+                         : nullptr;
     }
   }
 
- private:
-  template <class F>
-  static ENCFAST_INLINE void each_vector(int64_t width, F f) {
-    int64_t i = 0;
-    for (; i + kW <= width; i += kW) f(i, kW);
-    if (i < width) f(i, static_cast<int>(width - i));
+  ENCFAST_INLINE void without_norm() {
+    each_vector([&](int64_t i, int lanes) {
+      Vec y[kRows];
+      before_norm(i, lanes, y);
+      for (int r = 0; r < kRows; ++r) put(r, i, y[r], lanes);
+    });
   }
 
-  static ENCFAST_INLINE void put(char* out, int64_t i, Vec v, int lanes) {
+  ENCFAST_INLINE void with_norm(const PackedLinearParams& p) {
+    const float n = static_cast<float>(width_);
+    Vec total[kRows], center[kRows], squares[kRows], scale[kRows];
+    for (int r = 0; r < kRows; ++r) total[r] = squares[r] = zeros();
+    each_vector([&](int64_t i, int lanes) {
+      Vec y[kRows];
+      before_norm(i, lanes, y);
+      for (int r = 0; r < kRows; ++r) {
+        store(c_[r] + i, y[r]);
+        total[r] += first(lanes, y[r]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      center[r] = splat(p.norm == Norm::kLayerNorm ? sum(total[r]) / n : 0.0f);
+    }
+    each_vector([&](int64_t i, int lanes) {
+      for (int r = 0; r < kRows; ++r) {
+        const Vec d = first(lanes, load(c_[r] + i) - center[r]);
+        squares[r] = fma(d, d, squares[r]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      scale[r] = splat(1.0f / __builtin_sqrtf(sum(squares[r]) / n + p.norm_eps));
+    }
+    const float *weight = p.norm_weight, *bias = p.norm_bias;
+    each_vector([&](int64_t i, int lanes) {
+      const Vec w = weight ? load_lanes(weight + i, lanes) : splat(1.0f);
+      const Vec b = bias ? load_lanes(bias + i, lanes) : zeros();
+      for (int r = 0; r < kRows; ++r) {
+        put(r, i, fma((load(c_[r] + i) - center[r]) * scale[r], w, b), lanes);
+      }
+    });
+  }
+
+ private:
+  // A range of columns: where it stands in C, and what belongs to it.
+  struct Range {
+    int64_t at;
+    const float *bias, *scale, *sum;
+  };
+  static ENCFAST_INLINE Range columns(const EpilogueTask& t, const Columns& c) {
+    return {c.at, t.p->bias ? t.p->bias + c.begin : nullptr, kInt8 ? t.w_scale + c.begin : nullptr,
+            kInt8 ? reinterpret_cast<const float*>(t.w_sum) + c.begin : nullptr};
+  }
+
+  template <class F>
+  ENCFAST_INLINE void each_vector(F f) {
+    int64_t i = 0;
+    for (; i + kW <= width_; i += kW) f(i, kW);
+    if (i < width_) f(i, static_cast<int>(width_ - i));
+  }
+
+  static ENCFAST_INLINE Vec first(int lanes, Vec v) {
+    if (lanes == kW) return v;
+    return select_within(zeros(), iota(), splat(static_cast<float>(lanes - 1)), v, zeros());
+  }
+
+  ENCFAST_INLINE void put(int r, int64_t i, Vec v, int lanes) {
+    char* at = out_[r] + i * element_bytes(kT);
     if (lanes == kW) {
-      store_as<kT>(out + i * element_bytes(kT), v);
+      store_as<kT>(at, v);
     } else {
-      store_partial_as<kT>(out + i * element_bytes(kT), v, lanes);
+      store_partial_as<kT>(at, v, lanes);
     }
   }
 
   // Column i of a range behind product and bias.
-  static ENCFAST_INLINE Vec linear(const EpilogueTask& t, const float* c, const Columns& columns,
-                                   const RowScale& x, int64_t i, int lanes) {
-    Vec y = load(c + columns.at + i);
-    const int64_t f = columns.begin + i;
+  ENCFAST_INLINE void linear(const Range& range, int64_t i, int lanes, Vec y[kRows]) {
+    IntVec w_sum{};
+    Vec w_scale = zeros(), bias = zeros();
     if constexpr (kInt8) {
-      const auto* sums = reinterpret_cast<const float*>(t.w_sum);
-      const IntVec sum = (IntVec)load_lanes(sums + f, lanes);
-      y = __builtin_convertvector((IntVec)y - sum * x.zero, Vec);
-      y *= splat(x.scale) * load_lanes(t.w_scale + f, lanes);
+      w_sum = (IntVec)load_lanes(range.sum + i, lanes);
+      w_scale = load_lanes(range.scale + i, lanes);
     }
-    return t.p->bias ? y + load_lanes(t.p->bias + f, lanes) : y;
+    if (range.bias) bias = load_lanes(range.bias + i, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      y[r] = load(c_[r] + range.at + i);
+      if constexpr (kInt8) {
+        y[r] = __builtin_convertvector((IntVec)y[r] - w_sum * x_[r].zero, Vec);
+        y[r] = fma(y[r], splat(x_[r].scale) * w_scale, bias);
+      } else {
+        y[r] += bias;
+      }
+    }
   }
 
-  static ENCFAST_INLINE Vec before_norm(const EpilogueTask& t, const float* c, const RowScale& x,
-                                        int64_t r, int64_t i, int lanes) {
-    Vec y = Act<kAct, kExact>::value(linear(t, c, t.a, x, i, lanes));
-    if (t.p->gated) y *= linear(t, c, t.b, x, i, lanes);
-    const MatrixView& residual = t.p->residual;
-    if (residual.data) {
-      const int64_t element = (t.row + r) * residual.stride + t.begin + i;
-      y += load_lanes(
-          residual.dtype,
-          static_cast<const char*>(residual.data) + element * element_bytes(residual.dtype), lanes);
+  ENCFAST_INLINE void before_norm(int64_t i, int lanes, Vec y[kRows]) {
+    linear(a_, i, lanes, y);
+    for (int r = 0; r < kRows; ++r) y[r] = Act < kAct, kT != DType::kBFloat16 > ::value(y[r]);
+    if (gated_) {
+      Vec b[kRows];
+      linear(b_, i, lanes, b);
+      for (int r = 0; r < kRows; ++r) y[r] *= b[r];
     }
-    return y;
-  }
-
-  // Sum of f over the row, in two chains: one would wait for its own additions.
-  template <class F>
-  static ENCFAST_INLINE float row_sum(const float* row, int64_t width, F f) {
-    Vec even = zeros(), odd = zeros();
-    int64_t i = 0;
-    for (; i + 2 * kW <= width; i += 2 * kW) {
-      even += f(load(row + i));
-      odd += f(load(row + i + kW));
-    }
-    for (; i < width; i += kW) {
-      const int lanes = width - i < kW ? static_cast<int>(width - i) : kW;
-      const Vec v = f(load_lanes(row + i, lanes));
-      even += select_within(zeros(), iota(), splat(static_cast<float>(lanes - 1)), v, zeros());
-    }
-    return sum(even + odd);
-  }
-
-  static void normalize(const PackedLinearParams& p, const float* row, int64_t width, char* out) {
-    const float n = static_cast<float>(width);
-    float mean = 0;
-    if (p.norm == Norm::kLayerNorm) mean = row_sum(row, width, [](Vec v) { return v; }) / n;
-    const Vec center = splat(mean);
-    const float squares = row_sum(row, width, [&](Vec v) { return (v - center) * (v - center); });
-    const Vec scale = splat(1.0f / __builtin_sqrtf(squares / n + p.norm_eps));
-    each_vector(width, [&](int64_t i, int lanes) {
-      Vec v = (load(row + i) - center) * scale;
-      if (p.norm_weight) v *= load_lanes(p.norm_weight + i, lanes);
-      if (p.norm_bias) v += load_lanes(p.norm_bias + i, lanes);
-      put(out, i, v, lanes);
+    if (!residual_[0]) return;
+    with_dtype(residual_dtype_, [&](auto tag) {
+      constexpr DType kR = decltype(tag)::value;
+      for (int r = 0; r < kRows; ++r) {
+        const char* at = residual_[r] + i * element_bytes(kR);
+        y[r] += lanes == kW ? load_as<kR>(at) : load_partial_as<kR>(at, lanes);
+      }
     });
+  }
+
+  const int64_t width_;
+  const Range a_, b_;  // b only if gated
+  const bool gated_;
+  const DType residual_dtype_;
+  float* c_[kRows];
+  RowScale x_[kRows];
+  char* out_[kRows];
+  const char* residual_[kRows];
+};
+
+template <DType kT, Activation kAct, bool kInt8>
+struct Epilogue {
+  // fp32 rows that are only moved wait for memory: four would be as many streams of misses.
+  static constexpr int kRowsAtOnce = kT == DType::kFloat32 && kAct == Activation::kNone ? 1 : 4;
+
+  static void run(const EpilogueTask& t) {
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= t.rows; r += kRowsAtOnce) run_rows<kRowsAtOnce>(t, r);
+    for (; r < t.rows; ++r) run_rows<1>(t, r);
+  }
+
+ private:
+  template <int kRows>
+  static void run_rows(const EpilogueTask& t, int64_t r) {
+    EpilogueRows<kT, kAct, kInt8, kRows> rows(t, r);
+    if (t.p->norm == Norm::kNone) {
+      rows.without_norm();
+    } else {
+      rows.with_norm(*t.p);
+    }
   }
 };
 
