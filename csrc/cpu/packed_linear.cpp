@@ -22,7 +22,9 @@ namespace encfast::ENCFAST_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 256;
-constexpr int64_t kColumnsPerTask = 512;
+// x is packed once per chunk of columns. Quantising it costs so much that int8 takes wider chunks
+// on fewer rows; its weights are small enough to be read more often.
+constexpr int64_t kColumnsPerTask = 512, kInt8ColumnsPerTask = 1536;
 constexpr int64_t kFloatsPerTask = 128 * 1024;  // of C: a quarter of an L2 of 2 MiB
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kScaleFloats = sizeof(RowScale) / 4;
@@ -50,18 +52,14 @@ struct Plan {
     const int64_t padded = round_up(larger(plan.width, 1), kPanel);
     const int64_t groups = (p.N + Product::kGroupRows - 1) / Product::kGroupRows;
     const int64_t wanted = kTasksPerThread * threads;
-    plan.columns = smaller(padded, even_share(padded, kColumnsPerTask / (p.gated ? 2 : 1)));
-    plan.rows = kRowsPerTask / Product::kGroupRows * Product::kGroupRows;
-    plan.shared = false;
-    if (p.norm != Norm::kNone) {
-      plan.shared = groups < threads;
-      if (!plan.shared) {
-        plan.columns = padded;
-        const int64_t fit = kFloatsPerTask / (padded * (p.gated ? 2 : 1));
-        plan.rows = larger(fit / Product::kGroupRows, 1) * Product::kGroupRows;
-        plan.rows = smaller(plan.rows, kRowsPerTask / Product::kGroupRows * Product::kGroupRows);
-      }
-    }
+    const int64_t ranges = p.gated ? 2 : 1;
+    const int64_t columns =
+        Product::kFormat == LinearFormat::kInt8 ? kInt8ColumnsPerTask : kColumnsPerTask;
+    plan.columns = smaller(padded, even_share(padded, columns / ranges));
+    plan.shared = p.norm != Norm::kNone && groups < threads;
+    if (p.norm != Norm::kNone && !plan.shared) plan.columns = padded;
+    const int64_t fit = smaller(kRowsPerTask, kFloatsPerTask / (plan.columns * ranges));
+    plan.rows = larger(fit / Product::kGroupRows, 1) * Product::kGroupRows;
     // Few rows: smaller tasks, rather than threads without one.
     while (threads > 1 && plan.rows > Product::kGroupRows && plan.tasks(p.N, padded) < wanted) {
       plan.rows -= Product::kGroupRows;
