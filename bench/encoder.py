@@ -382,8 +382,8 @@ def _full(setting: Setting) -> list[BenchSpec]:
     sizes, budgets = (2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
     peers = (*_FP32, *_BF16, *_COMPILED, *_RUNTIMES_FP32, *_RUNTIMES_LOW)
     padded = _minilm(64, batch_sizes=(), token_budgets=budgets, budget_s=20.0)
-    by_length = _minilm(96, batch_sizes=sizes, token_budgets=budgets, budget_s=40.0)
-    base = _bert_base(24, batch_sizes=sizes[:3], token_budgets=budgets[:3], budget_s=40.0)
+    by_length = _minilm(96, batch_sizes=sizes, token_budgets=budgets, budget_s=25.0)
+    base = _bert_base(24, batch_sizes=sizes[:3], token_budgets=budgets[:3], budget_s=25.0)
     return [
         _spec("padded", padded, (*_PADDED, *_PACKED, *_ENGINE), setting),
         _spec("sorted", by_length, (*peers, *_DEFAULT, *_PACKED, *_ENGINE), setting),

@@ -139,7 +139,7 @@ def _spec(
         verify=functools.partial(_verify, form=form, backward=backward),
         bytes=lambda i: float(form.moved[backward] * i.dout.nbytes),
         pairs=(("encfast", form.peer),),
-        budget_s={"tiny": 0.1, "quick": 0.5}.get(setting.suite, 1.0),
+        budget_s=0.1 if setting.suite == "tiny" else 0.5,
     )
 
 

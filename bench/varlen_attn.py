@@ -138,7 +138,7 @@ def _spec(
         pairs=tuple((ours.name, t.name) for t in theirs),
         needs=needs,
         charted=charted,
-        budget_s={"tiny": 0.1, "quick": 1.0, "full": 3.0}[setting.suite],
+        budget_s={"tiny": 0.1, "quick": 1.0, "full": 2.0}[setting.suite],
     )
 
 
