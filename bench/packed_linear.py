@@ -131,7 +131,6 @@ QUICK = (
     ((1024, 384, 1152), "bias"),
     ((1024, 384, 1536), "bias+gelu"),
     ((1024, 1536, 384), "bias+add+layernorm"),
-    ((32, 768, 768), "bias"),
 )
 FULL = tuple(
     ((n, c, f), epilogue)

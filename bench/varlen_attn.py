@@ -20,7 +20,7 @@ from torch import Tensor
 from encfast import ops
 from encfast.ref.varlen_attn import varlen_attn as reference
 
-DENSE_LENGTHS = {"quick": (128, 512), "full": (64, 128, 256, 512, 1024, 2048)}
+DENSE_LENGTHS = {"quick": (512,), "full": (64, 128, 256, 512, 1024, 2048)}
 ALIBI_LENGTHS = {"quick": (512,), "full": (512, 2048)}
 SMALL_HEAD_LENGTHS = (64, 256, 1024)
 DENSE_TOKENS = 4096
