@@ -7,19 +7,6 @@ namespace encfast {
 
 using OptTensor = std::optional<Tensor>;
 
-inline DType core_dtype(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " is not float32, bfloat16 or float16");
-  }
-}
-
 // The distance of rows [..., C] that lie evenly spaced with contiguous elements; else nothing.
 inline std::optional<int64_t> even_row_stride(const Tensor& x) {
   const int64_t last = x.dim() - 1;

@@ -50,19 +50,6 @@ Norm parse_norm(const char* op, const OptString& value) {
   return value ? parse<Norm>(op, "norm", *value, {"layernorm", "rmsnorm"}, 1) : Norm::kNone;
 }
 
-DType core_dtype(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " is not float32, bfloat16 or float16");
-  }
-}
-
 // x as a checked matrix with contiguous rows.
 Tensor checked_matrix(const char* op, const char* name, const Tensor& x) {
   check_cpu(op, name, x);

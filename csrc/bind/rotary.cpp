@@ -20,19 +20,6 @@ constexpr const char* kOp = "encfast::rotary";
 
 using OptTensor = std::optional<Tensor>;
 
-DType core_dtype(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": ", name, " is not float32, bfloat16 or float16");
-  }
-}
-
 // x [N, heads, D] with its last dimension contiguous; a view of a fused projection is left in
 // place.
 Tensor checked_heads(const char* name, const Tensor& x) {
@@ -104,10 +91,10 @@ std::tuple<Tensor, Tensor> rotary_cpu(const Tensor& q, const OptTensor& k, const
   Tensor k_out = kc ? new_contiguous(*kc, kc->sizes(), kc->scalar_type())
                     : new_contiguous(q, {0}, q.scalar_type());
   RotaryParams p{};
-  p.dtype = core_dtype("q", qc);
+  p.dtype = core_dtype(kOp, "q", qc);
   p.q = heads_of(qc, q_out);
   if (kc) p.k = heads_of(*kc, k_out);
-  p.table_dtype = core_dtype("cos", cosc);
+  p.table_dtype = core_dtype(kOp, "cos", cosc);
   p.cos = cosc.const_data_ptr();
   p.sin = sinc.const_data_ptr();
   p.cos_stride = cosc.stride(0);

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/varlen_attn.h"  // DType
+
 namespace encfast {
 
 using torch::headeronly::ScalarType;
@@ -33,6 +35,20 @@ inline void check_dim(const char* op, const char* name, const Tensor& x, int64_t
 inline void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType dtype,
                         const char* dtype_name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": ", name, " is not ", dtype_name);
+}
+
+// What the cores call the dtype of x; an error where they have none.
+inline DType core_dtype(const char* op, const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " is not float32, bfloat16 or float16");
+  }
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& x,

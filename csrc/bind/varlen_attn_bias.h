@@ -8,19 +8,6 @@
 
 namespace encfast {
 
-inline DType core_dtype(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " is not float32, bfloat16 or float16");
-  }
-}
-
 struct RelBiasArgument {
   std::optional<Tensor> tensor;  // keeps the memory alive
   RelBias core{};
