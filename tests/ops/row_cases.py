@@ -1,15 +1,9 @@
-"""What the tests of the row-wise ops share: layouts, gradients, every ISA, any threads."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What the tests of the row-wise ops share: layouts, gradients, any threads."""
 
 import torch
 
 from encfast.testing import assert_close_to_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "permuted")
@@ -54,26 +48,6 @@ def assert_same(f, reference, plain, inputs, grads, **options):
     for key, value in ours.items():
         factor = 2.0 if key.startswith("out") else 3.0
         assert_close_to_reference(key, value, exact[key], low[key], factor, **options)
-
-
-def python(*args, **env):
-    """Runs another Python in the repository and returns its output; fails with it."""
-    done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def run_under_isa(isa, tests, cases):
-    """The ISA is chosen once per process, so each runs the cases in its own."""
-    run = (
-        "import sys, pytest, torch, encfast;"
-        f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    )
-    out = python("-c", run, tests, "-k", cases, ENCFAST_CPU_ISA=isa, OMP_NUM_THREADS="1")
-    assert " passed" in out
 
 
 def for_thread_counts(f):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_python import run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import (
@@ -16,7 +17,6 @@ from row_cases import (
     name,
     results,
     rows,
-    run_under_isa,
 )
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
@@ -350,7 +350,7 @@ def test_fuzz_matches_reference(lead, channels, parts, dtypes, kind, layout):
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
-    run_under_isa(isa, __file__, "match_reference or matches_reference or cancel or thread_count")
+    run_under_isa(isa, "match_reference or matches_reference or cancel or thread_count", __file__)
 
 
 X, C3 = torch.randn(4, 3), torch.ones(3)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_python import run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import (
@@ -18,7 +19,6 @@ from row_cases import (
     name,
     results,
     rows,
-    run_under_isa,
 )
 
 from encfast import ops, ref
@@ -246,7 +246,7 @@ def test_fuzz_matches_reference(lead, width, dtypes, activation, form, layout, b
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
-    run_under_isa(isa, __file__, "match_reference or matches_reference or special or thread_count")
+    run_under_isa(isa, "match_reference or matches_reference or special or thread_count", __file__)
 
 
 X = torch.randn(4, 6)

@@ -1,12 +1,8 @@
 """packed_linear against its float64 reference: formats, shapes, epilogues, independence of rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from fresh_python import run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +11,6 @@ from encfast.ref import pack_linear as ref_pack
 from encfast.ref import packed_linear as ref_linear
 from encfast.testing import assert_close_to_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ("fp32", "bf16", "int8")
 NATIVE = ops.backends("packed_linear")["cpu"] == "native"
@@ -380,20 +375,5 @@ def test_direct_calls_never_read_out_of_bounds():
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
-    """The ISA is chosen once per process, so each runs the cases in its own."""
-    script = (
-        "import sys, pytest, torch, encfast;"
-        f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    )
     cases = "shapes_match or exact or no_columns or epilogues and (gated or layernorm)"
-    done = subprocess.run(
-        [sys.executable, "-c", script, __file__, "-k", f"({cases}) and not every_isa"],
-        cwd=ROOT,
-        env={**os.environ, "ENCFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, (
-        done.stdout[-4000:] + done.stderr[-4000:]
-    )
+    run_under_isa(isa, f"({cases}) and not every_isa", __file__)

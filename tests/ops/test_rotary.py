@@ -1,21 +1,17 @@
 """rotary: both layouts against the reference, gradients, partial rotation, bad input refused."""
 
 import mmap
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encfast import ops, ref
 from encfast.testing import assert_close_to_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE = ops.backends("rotary")["cpu"] == "native"
 
@@ -379,17 +375,4 @@ def test_direct_calls_never_read_out_of_bounds(value):
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
-    """The ISA is chosen once per process, so each runs the cases in its own."""
-    run = (
-        "import sys, pytest, torch, encfast;"
-        f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", run, __file__, "-k", "matches_reference or fuzz or complex"],
-        cwd=ROOT,
-        env={**os.environ, "ENCFAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    run_under_isa(isa, "matches_reference or fuzz or complex", __file__)

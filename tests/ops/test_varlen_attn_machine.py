@@ -1,29 +1,16 @@
 """varlen_attn on the machine: every ISA it has, its threads, its memory, offsets beyond 32 bits."""
 
 import mmap
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from attn_cases import cu_seqlens
+from fresh_python import python, run_under_isa
 
 from encfast import ops
 
-ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ops.backends("varlen_attn")["cpu"] == "native"
 needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
-
-
-def python(*args, **env):
-    """Runs another Python in the repository and returns its output; fails with it."""
-    done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def other_isas():
@@ -37,19 +24,13 @@ def other_isas():
 @pytest.mark.parametrize("isa", other_isas())
 def test_every_isa_of_this_machine_matches_the_reference(isa):
     """The ISA is chosen once per process, so each but ours runs the cases in its own."""
-    run = (
-        "import sys, pytest, torch, encfast;"
-        f"assert torch.ops.encfast.cpu_isa() == {isa!r}, torch.ops.encfast.cpu_isa();"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    )
     cases = (
         "(match_reference or matches_reference or mixed or visible_key or hidden or far_from or "
         "the_mask_is or another_dtype or short or is_exact or share_a_place) "
         "and not match_reference_more"
     )
     files = ("varlen_attn", "varlen_attn_bias", "varlen_attn_dropout", "pad")
-    tests = (*(f"tests/ops/test_{name}.py" for name in files), "-k", cases)
-    assert " passed" in python("-c", run, *tests, ENCFAST_CPU_ISA=isa, OMP_NUM_THREADS="1")
+    run_under_isa(isa, cases, *(f"tests/ops/test_{name}.py" for name in files))
 
 
 THREADS = """
