@@ -21,6 +21,7 @@ def check_arguments(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window,
     alibi_slopes, rel_bias, bias, bias_offsets, softcap, dropout_p,
 ) -> None:  # fmt: skip
+    """Raises TypeError or ValueError for what the public function was given, naming it."""
     op = "varlen_attn"
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, x, 3, "[N, heads, head size]")
@@ -52,6 +53,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    """Lengths against rows, and against their bounds; values where they can be read."""
     op = "varlen_attn"
     _check_lengths("q", cu_seqlens_q, max_seqlen_q, q)
     if cu_seqlens_k is not None:
@@ -130,6 +132,7 @@ def _check_slopes(slopes: Tensor, q: Tensor, batch: int) -> None:
 
 
 def check_biases(q, cu_seqlens_q, cu_seqlens_k, rel_bias, bias, bias_offsets) -> None:
+    """Shapes, dtypes and devices of the biases; the offsets against the lengths."""
     if rel_bias is not None:
         _check_rel_bias(rel_bias, q)
     if bias is not None:

@@ -14,6 +14,7 @@ from .pad import gather_rows, scatter_rows
 def check_global_kv(
     global_kv, k, cu_seqlens_q, causal, window, alibi_slopes, rel_bias, bias
 ) -> None:
+    """Raises TypeError or ValueError for a malformed global_kv, or one beside a positional rule."""
     op = "varlen_attn"
     expected = "expected (k_g, v_g, group)"
     if not isinstance(global_kv, tuple | list):
