@@ -83,9 +83,12 @@ def _torch_int8(epilogue: str):
             i.weight, scale, torch.zeros_like(scale, dtype=torch.int64), 0, torch.qint8
         )
         packed = torch.ops.quantized.linear_prepack(quantized, i.bias)
+        # Without VNNI two products of 8 bits are added in 16, which overflows: PyTorch then asks
+        # for rows of 7 bits.
+        seven = not torch.cpu._is_vnni_supported()
         return Call(
             lambda: _follow(
-                torch.ops.quantized.linear_dynamic(i.x, packed, reduce_range=False), i, epilogue
+                torch.ops.quantized.linear_dynamic(i.x, packed, reduce_range=seven), i, epilogue
             )
         )
 
