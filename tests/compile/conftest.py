@@ -1,0 +1,6 @@
+"""Files here share their helpers; pytest's importlib mode leaves the path to us."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

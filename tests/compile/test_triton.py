@@ -1,0 +1,150 @@
+"""Every Triton kernel compiles for every architecture, fits its shared memory and does not spill.
+
+Nothing runs: `cross.compiling` takes the place of the GPU, `report` reads the machine code.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from calls import CALLS  # noqa: E402
+from cross import TARGETS, compiling, fake_gpu  # noqa: E402
+from report import MACHINES, _occupancy, report  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from encfast import kernels  # noqa: E402
+
+QUICK = ("sm_80", "sm_90")
+
+
+@triton.jit
+def _dot_kernel(p_x, p_out, N: tl.constexpr, STEPS: tl.constexpr):
+    o_rows = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_sum = tl.zeros((N, N), tl.float32)
+    for step in range(STEPS):
+        b_x = tl.load(p_x + step * N * N + o_rows)
+        b_sum = tl.dot(b_x, tl.trans(b_x), b_sum, input_precision="ieee")
+    tl.store(p_out + o_rows, b_sum)
+
+
+def _dot(n=64, steps=4, dtype=torch.bfloat16, **options):
+    x, out = torch.zeros(steps, n, n, dtype=dtype), torch.zeros(n, n)
+    _dot_kernel[(1,)](x, out, n, steps, **options)
+
+
+def _report_dot(arch, **kwargs):
+    with compiling(arch) as launches:
+        _dot(**kwargs)
+    (launch,) = launches
+    assert (launch.name, launch.grid) == ("_dot_kernel", (1,))
+    return report(launch.kernel)
+
+
+def test_each_architecture_gets_its_own_kernel():
+    assert _report_dot("sm_80").tensor_instructions == {"mma"}
+    assert _report_dot("sm_90").tensor_instructions == {"wgmma"}
+    assert _report_dot("sm_100").tensor_instructions == {"tcgen05"}
+    assert _report_dot("gfx942").tensor_instructions == {"mfma"}
+
+
+def test_the_cache_would_hand_out_the_wrong_kernel():
+    """What `compiling` clears the caches against: if this fails, it need not any more."""
+    args = (torch.bfloat16, torch.float32, 64, 4)
+    try:
+        with fake_gpu("sm_80"):
+            _dot_kernel.warmup(*args, grid=(1,))
+        with fake_gpu("sm_90"):
+            stale = _dot_kernel.warmup(*args, grid=(1,))
+    finally:
+        _dot_kernel.device_caches.clear()
+    assert report(stale).arch == "sm_80"
+
+
+def test_the_driver_is_what_it_was_also_after_an_error():
+    before, run = driver._active, triton.JITFunction.run
+    with pytest.raises(ZeroDivisionError), compiling("sm_80"):
+        assert driver.active.get_current_target().arch == 80
+        _ = 1 / 0
+    assert driver._active is before
+    assert triton.JITFunction.run is run
+
+
+def test_a_launch_leaves_its_output_alone():
+    out = torch.ones(64, 64)
+    with compiling("sm_80"):
+        _dot_kernel[(1,)](torch.zeros(1, 64, 64, dtype=torch.bfloat16), out, 64, 1)
+    assert (out == 1).all()
+
+
+def test_too_much_shared_memory_is_reported():
+    """128 x 128 bf16 tiles are 32 KiB; five stages of them fit sm_90 and not sm_86."""
+    assert not _report_dot("sm_90", n=128, steps=8, num_stages=5, num_warps=8).problems
+    found = _report_dot("sm_86", n=128, steps=8, num_stages=5, num_warps=8)
+    assert found.blocks == 0
+    assert any("shared memory" in problem for problem in found.problems)
+
+
+def test_spills_are_reported():
+    """Options that leave fewer registers than the sum alone takes."""
+    found = _report_dot("sm_80", maxnreg=32)
+    assert any("spilt" in problem for problem in found.problems)
+    assert any("local memory" in problem for problem in found.problems)
+    assert found.registers <= 32
+    found = _report_dot("gfx942", num_warps=1, waves_per_eu=8)
+    assert any("spilt" in problem for problem in found.problems)
+
+
+def test_the_main_loop_is_the_one_with_the_dots():
+    found = _report_dot("sm_80", steps=64)
+    assert 0 < found.loop["mma"] <= found.instructions["mma"]
+    assert sum(found.loop.values()) < sum(found.instructions.values())
+    assert not _report_dot("sm_80", steps=1).loop
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "shared", "warp_limit", "expected"),
+    [
+        ("sm_80", 4, 0, 64, (16, "warps")),
+        ("sm_80", 1, 0, 64, (32, "blocks")),
+        ("sm_80", 4, 0, 8, (2, "registers")),
+        ("sm_80", 4, 81 * 1024, 64, (2, "shared memory")),
+        ("sm_90", 8, 114 * 1024, 64, (1, "shared memory")),
+        ("sm_86", 4, 100 * 1024, 64, (0, "shared memory")),
+        ("gfx942", 4, 32 * 1024, 32, (2, "shared memory")),
+    ],
+)
+def test_occupancy(arch, warps, shared, warp_limit, expected):
+    assert _occupancy(MACHINES[arch], warps, shared, warp_limit) == expected
+
+
+def test_every_kernel_file_has_a_quick_call():
+    files = [p.stem for p in Path(kernels.__file__).parent.glob("[!_]*.py")]
+    missing = [f for f in files if not any(n.startswith(f) and CALLS[n].quick for n in CALLS)]
+    assert not missing, f"no call in calls.py whose name begins with one of {missing}"
+
+
+def _case(name, arch):
+    marks = () if CALLS[name].quick and arch in QUICK else pytest.mark.slow
+    return pytest.param(CALLS[name], arch, id=f"{name}-{arch}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("call", "arch"), [_case(name, arch) for name in CALLS for arch in TARGETS]
+)
+def test_compiles_fits_and_does_not_spill(call, arch):
+    with compiling(arch) as launches:
+        call.launch()
+    assert launches
+    reports = [report(launch.kernel) for launch in launches]
+    assert not [problem for found in reports for problem in found.problems]
+    for launch in launches:  # a GPU's limits of a grid's y and z
+        assert all(size <= 65535 for size in launch.grid[1:]), launch
+    with_tensor_cores = {found.name for found in reports if found.tensor_instructions}
+    assert with_tensor_cores >= set(call.tensor_kernels)
