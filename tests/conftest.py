@@ -12,6 +12,13 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    # Here and not in tests/compile: pytest reads options of the outermost folders only.
+    parser.addoption(
+        "--update-static", action="store_true", help="write perf/static instead of comparing"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

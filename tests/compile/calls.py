@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Call:
@@ -24,3 +26,7 @@ def call(*, tensor_kernels: Sequence[str] = (), quick: bool = False):
         return launch
 
     return listed
+
+
+def _bf16(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)

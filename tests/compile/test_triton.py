@@ -3,6 +3,7 @@
 Nothing runs: `cross.compiling` takes the place of the GPU, `report` reads the machine code.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
+import golden  # noqa: E402
 import triton.language as tl  # noqa: E402
 from calls import CALLS  # noqa: E402
 from cross import TARGETS, compiling, fake_gpu  # noqa: E402
@@ -130,21 +132,45 @@ def test_every_kernel_file_has_a_quick_call():
     assert not missing, f"no call in calls.py whose name begins with one of {missing}"
 
 
+def test_golden_figures_tell_better_from_worse(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
+    then = _report_dot("sm_80", steps=64)
+    assert "knows nothing" in golden.regressions("dot", "sm_80", [then])[0]
+    golden.update("dot", "sm_80", [then])
+    assert golden.regressions("dot", "sm_80", [then]) == []
+    assert golden.regressions("dot", "sm_90", [then])
+    assert golden.regressions("dot", "sm_80", [then, then])
+    worse = {
+        "registers": then.registers + 9,
+        "shared": then.shared + 1,
+        "occupancy": then.occupancy / 2,
+        "loop": {"mma": sum(then.loop.values()) * 2},
+    }
+    for figure, value in worse.items():
+        now = dataclasses.replace(then, **{figure: value})
+        assert len(golden.regressions("dot", "sm_80", [now])) == 1, figure
+    better = dataclasses.replace(then, registers=16, shared=0, occupancy=1.0)
+    assert golden.regressions("dot", "sm_80", [better]) == []
+
+
 def _case(name, arch):
     marks = () if CALLS[name].quick and arch in QUICK else pytest.mark.slow
-    return pytest.param(CALLS[name], arch, id=f"{name}-{arch}", marks=marks)
+    return pytest.param(name, arch, id=f"{name}-{arch}", marks=marks)
 
 
 @pytest.mark.parametrize(
-    ("call", "arch"), [_case(name, arch) for name in CALLS for arch in TARGETS]
+    ("name", "arch"), [_case(name, arch) for name in CALLS for arch in TARGETS]
 )
-def test_compiles_fits_and_does_not_spill(call, arch):
+def test_compiles_fits_and_does_not_spill(name, arch, request):
     with compiling(arch) as launches:
-        call.launch()
+        CALLS[name].launch()
     assert launches
     reports = [report(launch.kernel) for launch in launches]
     assert not [problem for found in reports for problem in found.problems]
     for launch in launches:  # a GPU's limits of a grid's y and z
         assert all(size <= 65535 for size in launch.grid[1:]), launch
     with_tensor_cores = {found.name for found in reports if found.tensor_instructions}
-    assert with_tensor_cores >= set(call.tensor_kernels)
+    assert with_tensor_cores >= set(CALLS[name].tensor_kernels)
+    if request.config.getoption("--update-static"):
+        golden.update(name, arch, reports)
+    assert not golden.regressions(name, arch, reports)
