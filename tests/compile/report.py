@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from pipe_bound import tensor_use_bound
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -55,13 +56,13 @@ NVIDIA_CLASSES = {
     "global load": r"LDG",
     "global store": r"STG",
     "atomic": r"ATOM|RED[.G]|REDG",
-    "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|LDGDEPBAR|WARPGROUP",
+    "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|LDGDEPBAR|WARPGROUP|FENCE|MEMBAR",
     "special": r"MUFU",
     "shuffle": r"SHFL|REDUX",
-    "float": r"FFMA|FMUL|FADD|FMNMX|HFMA2|HADD2|HMUL2|HMNMX",
+    "float": r"FFMA|FMUL|FADD|FHADD|FMNMX|HFMA2|HADD2|HMUL2|HMNMX",
     "convert": r"F2F|I2F|F2I|F2FP|FRND",
     "select": r"F?SEL|FSETP|ISETP|PLOP|USEL|UISETP|FSET|P2R|R2P",
-    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS",
+    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS|U?SGXT",
     "move": r"U?MOV|U?PRMT|R2UR|S2R|S2UR|CS2R|LDC|ULDC|UCLEA",
     "branch": r"BRA|BSSY|BSYNC|EXIT|CALL|RET|BREAK|NOP",
 }
@@ -105,6 +106,7 @@ class Report:
     occupancy: float
     instructions: dict[str, int]
     loop: dict[str, int]  # main loop; empty where the kernel has none
+    tensor_use_bound: float | None  # of the main loop, see pipe_bound.py
 
     @property
     def problems(self) -> list[str]:
@@ -138,6 +140,7 @@ def report(kernel) -> Report:
         registers, spill_bytes, code, labels = _read_amd(kernel.asm["amdgcn"])
         classes, warp_limit = AMD_CLASSES, _amd_warps(registers)
     blocks, limiter = _occupancy(MACHINES[arch], meta.num_warps, meta.shared, warp_limit)
+    loop = _main_loop(code, labels, classes)
     return Report(
         name=meta.name,
         arch=arch,
@@ -150,7 +153,8 @@ def report(kernel) -> Report:
         limiter=limiter,
         occupancy=round(blocks * meta.num_warps / MACHINES[arch].warps, 3),
         instructions=_mix(code, classes),
-        loop=_mix(_main_loop(code, labels, classes), classes),
+        loop=_mix(loop, classes),
+        tensor_use_bound=tensor_use_bound([i.opcode for i in loop], arch),
     )
 
 

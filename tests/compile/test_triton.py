@@ -18,6 +18,7 @@ import golden  # noqa: E402
 import triton.language as tl  # noqa: E402
 from calls import CALLS  # noqa: E402
 from cross import TARGETS, compiling, fake_gpu  # noqa: E402
+from pipe_bound import tensor_use_bound  # noqa: E402
 from report import MACHINES, _occupancy, report  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
@@ -108,6 +109,9 @@ def test_the_main_loop_is_the_one_with_the_dots():
     assert 0 < found.loop["mma"] <= found.instructions["mma"]
     assert sum(found.loop.values()) < sum(found.instructions.values())
     assert not _report_dot("sm_80", steps=1).loop
+    # 64 steps of a wgmma are unrolled to the end.
+    assert _report_dot("sm_90", steps=1000).loop["wgmma"]
+    assert _report_dot("gfx942", steps=64).loop["mfma"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,22 @@ def test_the_main_loop_is_the_one_with_the_dots():
 )
 def test_occupancy(arch, warps, shared, warp_limit, expected):
     assert _occupancy(MACHINES[arch], warps, shared, warp_limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("arch", "opcodes", "bound"),
+    [
+        ("sm_80", ["HMMA.16816.F32.BF16"] * 2, 1.0),  # 8 cycles each
+        ("sm_80", ["HMMA.16816.F32.BF16", "MUFU.EX2", "MUFU.EX2"], 0.5),
+        ("sm_80", ["HMMA.16816.F32.BF16"] * 2 + ["LDSM.16.M88.4"] * 2, 0.5),
+        ("sm_90", ["HGMMA.64x64x16.F32.BF16"], 1.0),
+        ("sm_90", ["HGMMA.64x64x16.F32.BF16"] + ["FFMA"] * 64, 0.492),  # 65 issued in 32 cycles
+        ("sm_80", ["FFMA"], None),
+        ("sm_100", ["UTCHMMA"], None),
+    ],
+)
+def test_tensor_use_bound(arch, opcodes, bound):
+    assert tensor_use_bound(opcodes, arch) == bound
 
 
 def test_every_kernel_file_has_a_quick_call():
