@@ -10,7 +10,8 @@ rows, and gradient 0 for the bias.
 
 Sources: Hendrycks and Gimpel, GELU (arXiv:1606.08415); Shazeer, GLU variants (arXiv:2002.05202).
 
-Backends: C++ on the CPU, one pass over memory each way; elsewhere the reference.
+Backends: C++ on the CPU and Triton on CUDA and HIP, one pass over memory each way; elsewhere the
+reference.
 """
 
 import torch
@@ -115,8 +116,23 @@ def _reference_bwd(dout, x, bias, activation, gated, activate_second, want_dbias
     return dx.contiguous(), dbias if want_dbias else dbias.new_empty(0)
 
 
+def _triton_fwd(x, bias, activation, gated, activate_second):
+    from ..kernels import glu as kernels
+
+    _check(x, bias, activation, gated, _half(activate_second))
+    return kernels.glu(x, bias, activation, gated, activate_second)
+
+
+def _triton_bwd(dout, x, bias, activation, gated, activate_second, want_dbias):
+    from ..kernels import glu as kernels
+
+    return kernels.glu_bwd(dout, x, bias, activation, gated, activate_second, want_dbias)
+
+
 _backends.register_reference("glu", "glu", _reference_fwd)
 _backends.register_reference("glu", "glu_bwd", _reference_bwd)
+_backends.register_triton("glu", "glu", _triton_fwd, _reference_fwd)
+_backends.register_triton("glu", "glu_bwd", _triton_bwd, _reference_bwd)
 
 
 def glu(
