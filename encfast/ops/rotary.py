@@ -16,7 +16,8 @@ order are made of it. Tables and positions have none. No rows yield no rows.
 
 Source: Su et al., RoFormer (arXiv:2104.09864), section 3.2.2.
 
-Backends: C++ on the CPU, q and k in one pass over the tables; elsewhere the reference.
+Backends: C++ on the CPU and Triton on CUDA and HIP, q and k in one pass over the tables; elsewhere
+the reference.
 """
 
 import torch
@@ -135,16 +136,29 @@ def _backward(ctx, dq, dk):
 torch.library.register_autograd("encfast::rotary", _backward, setup_context=_setup_context)
 
 
-def _reference(q, k, cos, sin, positions, interleaved, conjugate):
+def _check_op(q, k, *angles) -> dict[str, Tensor]:
     named = {"q": q} if k is None else {"q": q, "k": k}
     with torch.no_grad():
-        _check("rotary", named, cos, sin, positions, interleaved, conjugate)
+        _check("rotary", named, *angles)
+    return named
+
+
+def _reference(q, k, cos, sin, positions, interleaved, conjugate):
+    named = _check_op(q, k, cos, sin, positions, interleaved, conjugate)
     options = {"interleaved": interleaved, "conjugate": conjugate}
     turned = [_ref(x, cos, sin, positions, **options) for x in named.values()]
     return turned[0], q.new_empty((0,)) if k is None else turned[1]
 
 
+def _triton(q, k, cos, sin, positions, interleaved, conjugate):
+    from ..kernels import rotary as kernels
+
+    _check_op(q, k, cos, sin, positions, interleaved, conjugate)
+    return kernels.rotary(q, k, cos, sin, positions, interleaved, conjugate)
+
+
 _backends.register_reference("rotary", "rotary", _reference)
+_backends.register_triton("rotary", "rotary", _triton, _reference)
 
 
 def rotary(
