@@ -1,4 +1,4 @@
-"""Figures of the kernels as they were when last written down, in perf/static, one file per call.
+"""Figures of the kernels of quick calls as they were when last written down, in perf/static.
 
 A kernel may get better unnoticed, but not worse. After a change that is meant, or with another
 version of Triton:
@@ -20,7 +20,12 @@ def update(call: str, arch: str, reports: list[Report]) -> None:
     figures = _read(call)
     figures[arch] = [found.as_json() for found in reports]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    _path(call).write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    # A line per kernel: a change reads well in a diff, and the files stay short.
+    sections = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(k, sort_keys=True) for k in kernels) + "\n]"
+        for name, kernels in sorted(figures.items())
+    ]
+    _path(call).write_text("{\n" + ",\n".join(sections) + "\n}\n")
 
 
 def regressions(call: str, arch: str, reports: list[Report]) -> list[str]:

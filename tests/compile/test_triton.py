@@ -191,6 +191,7 @@ def test_compiles_fits_and_does_not_spill(name, arch, request):
         assert all(size <= 65535 for size in launch.grid[1:]), launch
     with_tensor_cores = {found.name for found in reports if found.tensor_instructions}
     assert with_tensor_cores >= set(CALLS[name].tensor_kernels)
-    if request.config.getoption("--update-static"):
-        golden.update(name, arch, reports)
-    assert not golden.regressions(name, arch, reports)
+    if CALLS[name].quick:
+        if request.config.getoption("--update-static"):
+            golden.update(name, arch, reports)
+        assert not golden.regressions(name, arch, reports)
