@@ -23,6 +23,7 @@ from report import MACHINES, _occupancy, report  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from encfast import kernels  # noqa: E402
+from encfast.kernels import _config  # noqa: E402
 
 QUICK = ("sm_80", "sm_90")
 
@@ -77,6 +78,12 @@ def test_the_driver_is_what_it_was_also_after_an_error():
         _ = 1 / 0
     assert driver._active is before
     assert triton.JITFunction.run is run
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_launchers_see_the_architecture(arch):
+    with compiling(arch):
+        assert _config.target() == arch
 
 
 def test_a_launch_leaves_its_output_alone():
