@@ -11,7 +11,7 @@ from encfast.testing import assert_close_to_reference
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 HALVES = ("plain", "first", "second")
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_both_ways(x, bias, activation, half="first", dout=None):
@@ -54,7 +54,7 @@ def test_shapes_and_no_bias(shape):
     _check_both_ways(torch.randn(shape), None, "silu")
 
 
-@pytest.mark.parametrize("bias_dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_of_another_dtype_is_added_unrounded(dtype, bias_dtype):
     _check_both_ways(torch.randn(9, 34).to(dtype), torch.randn(34).to(bias_dtype), "gelu")
