@@ -47,6 +47,8 @@ def _worse(old: dict, found: Report) -> list[str]:
     lines = []
     if found.registers > old["registers"] + MORE_REGISTERS:
         lines.append(f"{found.registers} registers, were {old['registers']}")
+    if found.spill_bytes > old["spill_bytes"]:
+        lines.append(f"{found.spill_bytes} bytes spilt, were {old['spill_bytes']}")
     if found.shared > old["shared"]:
         lines.append(f"{found.shared} bytes of shared memory, were {old['shared']}")
     if found.occupancy < old["occupancy"]:

@@ -81,6 +81,8 @@ AMD_CLASSES = {
     "vector": r"v_",
 }
 AMD_INSTRUCTION = re.compile(r"\s+((?:[sv]|ds|global|buffer|flat|scratch)_\w+)(.*)")
+# Bytes that a kernel with a loop may keep in local memory on the way to it and behind it.
+SPILT_OUTSIDE = 32
 TENSOR_CLASSES = ("mma", "wgmma", "tcgen05", "mfma")
 
 
@@ -106,6 +108,7 @@ class Report:
     occupancy: float
     instructions: dict[str, int]
     loop: dict[str, int]  # main loop; empty where the kernel has none
+    loop_spills: int  # accesses to local memory in all innermost loops
     tensor_use_bound: float | None  # of the main loop, see pipe_bound.py
 
     @property
@@ -114,10 +117,10 @@ class Report:
         found = []
         if self.shared > self.shared_limit:
             found.append(f"shared memory {self.shared} of at most {self.shared_limit} bytes")
-        if self.spill_bytes:
+        if self.loop_spills:
+            found.append(f"{self.loop_spills} accesses to local memory in loops")
+        if self.spill_bytes > (SPILT_OUTSIDE if self.loop else 0):
             found.append(f"{self.spill_bytes} bytes per thread spilt")
-        if "local" in self.instructions:
-            found.append(f"{self.instructions['local']} accesses to local memory")
         return [f"{self.name} on {self.arch}: {problem}" for problem in found]
 
     @property
@@ -140,7 +143,8 @@ def report(kernel) -> Report:
         registers, spill_bytes, code, labels = _read_amd(kernel.asm["amdgcn"])
         classes, warp_limit = AMD_CLASSES, _amd_warps(registers)
     blocks, limiter = _occupancy(MACHINES[arch], meta.num_warps, meta.shared, warp_limit)
-    loop = _main_loop(code, labels, classes)
+    loops = _innermost_loops(code, labels)
+    loop = _main_loop(loops, classes)
     return Report(
         name=meta.name,
         arch=arch,
@@ -154,6 +158,7 @@ def report(kernel) -> Report:
         occupancy=round(blocks * meta.num_warps / MACHINES[arch].warps, 3),
         instructions=_mix(code, classes),
         loop=_mix(loop, classes),
+        loop_spills=sum(_class_of(i.opcode, classes) == "local" for body in loops for i in body),
         tensor_use_bound=tensor_use_bound([i.opcode for i in loop], arch),
     )
 
@@ -250,25 +255,23 @@ def _mix(code: list[Instruction], classes: dict[str, str]) -> dict[str, int]:
     return dict(sorted(Counter(_class_of(i.opcode, classes) for i in code).items()))
 
 
-def _main_loop(
-    code: list[Instruction], labels: dict[str, int], classes: dict[str, str]
-) -> list[Instruction]:
-    """The loop with the most tensor-core instructions, the shortest of those; without any, the
-    longest loop that has no loop inside."""
+def _innermost_loops(code: list[Instruction], labels: dict[str, int]) -> list[list[Instruction]]:
+    """Bodies of the loops that have no loop inside."""
     spans = {
         (labels[i.jumps_to], i.place)
         for i in code
         # A jump to itself is the trap behind the end of the code.
         if i.jumps_to in labels and labels[i.jumps_to] < i.place
     }
-    if not spans:
-        return []
-    bodies = {s: [i for i in code if s[0] <= i.place <= s[1]] for s in spans}
-    tensor = {
-        s: sum(_class_of(i.opcode, classes) in TENSOR_CLASSES for i in body)
-        for s, body in bodies.items()
-    }
-    if any(tensor.values()):
-        return bodies[max(spans, key=lambda s: (tensor[s], -len(bodies[s])))]
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return bodies[max(inner, key=lambda s: len(bodies[s]))]
+    return [[i for i in code if first <= i.place <= last] for first, last in sorted(inner)]
+
+
+def _main_loop(loops: list[list[Instruction]], classes: dict[str, str]) -> list[Instruction]:
+    """The loop with the most tensor-core instructions, the shortest of those; without any, the
+    longest."""
+    tensor = [sum(_class_of(i.opcode, classes) in TENSOR_CLASSES for i in b) for b in loops]
+    if any(tensor):
+        most = [b for b, count in zip(loops, tensor, strict=True) if count == max(tensor)]
+        return min(most, key=len)
+    return max(loops, key=len, default=[])
