@@ -51,11 +51,11 @@ def op_table() -> str:
             if (ROOT / f"csrc/cpu/{stem}.cpp").exists()
             else "reference"
         )
-        cuda = (
-            f"[C++](csrc/cuda/{stem}.cu)"
-            if (ROOT / f"csrc/cuda/{stem}.cu").exists()
-            else "reference"
+        gpu = (
+            (f"[Triton](encfast/kernels/{stem}.py)", f"encfast/kernels/{stem}.py"),
+            (f"[C++](csrc/cuda/{stem}.cu)", f"csrc/cuda/{stem}.cu"),
         )
+        cuda = next((link for link, path in gpu if (ROOT / path).exists()), "reference")
         rows.append(f"| [`{stem}`](encfast/ops/{stem}.py) | {what} | {cpu} | {cuda} |")
     return "\n".join(rows)
 

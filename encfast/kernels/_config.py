@@ -4,6 +4,7 @@ Tables are small and chosen by rule, not by measuring at run time: the first cal
 as fast as the second, and the same numbers come out of every process.
 """
 
+import torch
 import triton
 
 INTERPRETER = "interpreter"
@@ -30,6 +31,20 @@ def nearest(table: dict, arch: str):
     if not older:
         raise ValueError(f"no configuration for {arch}, oldest of {sorted(table)}")
     return table[max(older, key=_version)]
+
+
+def for_head(table: dict, dtype: torch.dtype, head_size: int, weight: int) -> tuple[int, tuple]:
+    """BLOCK_D and the tile sizes of an attention kernel.
+
+    Below each architecture a table has (bytes of an element, weight of the rule), and below that
+    BLOCK_D; an entry also serves what is lighter or narrower, down to the next one.
+    """
+    block_d = max(
+        16, triton.next_power_of_2(head_size)
+    )  # 16: what a tensor core multiplies at once
+    rules = nearest(table, target())
+    entries = rules[min(key for key in rules if key >= (dtype.itemsize, weight))]
+    return block_d, entries[min(width for width in entries if width >= block_d)]
 
 
 def _version(arch: str) -> int:

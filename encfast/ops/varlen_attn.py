@@ -26,8 +26,9 @@ Sources: Dao, FlashAttention-2 (arXiv:2307.08691); Press et al., ALiBi (arXiv:21
 as in MosaicBERT (arXiv:2312.17482); relative biases as in T5 (arXiv:1910.10683) and SpeechT5
 (arXiv:2110.07205); softcap as in Gemma 2 (arXiv:2408.00118); Salmon et al., Philox (SC 2011).
 
-Backends: C++ on the CPU (blocked online softmax, O(N) memory); elsewhere the reference, which holds
-one Lq x Lk matrix per head of one sequence.
+Backends: C++ on the CPU, Triton on NVIDIA GPUs from sm_80 on and on AMD's gfx90a and gfx942 (both a
+blocked online softmax, O(N) memory); elsewhere the reference, which holds one Lq x Lk matrix per
+head of one sequence.
 """
 
 import torch
@@ -209,8 +210,27 @@ def _reference_bwd(
     )
 
 
+def _triton_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rule):
+    from ..kernels import varlen_attn as kernels
+
+    rel_bias, bias, bias_offsets, _, dropout_p, rng = rule[-6:]
+    check_geometry(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_biases(q, cu_seqlens_q, cu_seqlens_k, rel_bias, bias, bias_offsets)
+    check_rng(rng, dropout_p, q)
+    geometry = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return kernels.varlen_attn(q, k, v, *geometry, *rule)
+
+
+def _triton_bwd(*args):
+    from ..kernels import varlen_attn as kernels
+
+    return kernels.varlen_attn_bwd(*args)
+
+
 _backends.register_reference("varlen_attn", "varlen_attn", _reference_fwd)
 _backends.register_reference("varlen_attn", "varlen_attn_bwd", _reference_bwd)
+_backends.register_triton("varlen_attn", "varlen_attn", _triton_fwd, _reference_fwd)
+_backends.register_triton("varlen_attn", "varlen_attn_bwd", _triton_bwd, _reference_bwd)
 
 
 def varlen_attn(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from encfast.kernels import glu, rotary
+from encfast.kernels import glu, rotary, varlen_attn
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,88 @@ def rotary_part_of_a_head():
     q, k, angles = _bf16(100, 12, 96), _bf16(100, 4, 96), torch.zeros(100, 20)
     for interleaved in (False, True):
         rotary.rotary(q, k, angles, angles, None, interleaved, False)
+
+
+_RULE = ["scale", "causal", "window", "alibi_slopes", "rel_bias", "bias", "bias_offsets"]
+_RULE += ["softcap", "dropout_p", "rng"]
+_ATTENTION = ("varlen_attn_kernel", "varlen_attn_dq_kernel", "varlen_attn_dkv_kernel")
+_OFFSETS = torch.zeros(9, dtype=torch.int64)
+_DROPOUT = {"dropout_p": 0.1, "rng": torch.zeros(2, dtype=torch.int64)}
+
+
+def _attention(head_size, dtype=torch.bfloat16, key_heads=12, **options):
+    """The forward and the backward of 1000 rows of 12 heads; `options` name arguments of the op."""
+    N, H, B = 1000, 12, 8
+    q, k = (torch.zeros(N, heads, head_size, dtype=dtype) for heads in (H, key_heads))
+    cu, lse = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(H, N)
+    given = {"causal": False, "window": (-1, -1)} | options
+    rule = [given.get(name) for name in _RULE]
+    wanted = [name in given for name in ("rel_bias", "bias")]
+    varlen_attn.varlen_attn(q, k, k, cu, None, N, None, *rule)
+    varlen_attn.varlen_attn_bwd(q, None, q, k, k, q, lse, cu, None, N, None, *rule, *wanted)
+
+
+@call(tensor_kernels=_ATTENTION, quick=True)
+def varlen_attn_64():
+    _attention(64)
+
+
+@call(tensor_kernels=_ATTENTION, quick=True)
+def varlen_attn_128():
+    _attention(128)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_wide_heads():
+    _attention(256, torch.float16)
+    _attention(130, torch.float16)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_narrow_heads():
+    for head_size in (1, 24, 32, 80):
+        _attention(head_size, key_heads=4, causal=True)
+
+
+@call()
+def varlen_attn_float32():
+    for head_size in (64, 128, 256):
+        _attention(head_size, torch.float32)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_alibi_and_window():
+    slopes = torch.zeros(12)
+    for head_size in (64, 128, 256):
+        _attention(head_size, window=(64, 64), alibi_slopes=slopes)
+    _attention(64, torch.float32, window=(64, 64), alibi_slopes=slopes)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_table_of_relative_positions():
+    for head_size in (64, 128, 256):
+        _attention(head_size, rel_bias=torch.zeros(12, 257), **_DROPOUT)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_bias_of_each_head():
+    _attention(64, bias=torch.zeros(12, 10000), bias_offsets=_OFFSETS)
+    _attention(64, bias=torch.zeros(10000, dtype=torch.bool), bias_offsets=_OFFSETS)
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_everything():
+    """All terms at once, of the query-dependent kind of relative positions, and one bias."""
+    for head_size in (64, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            _attention(
+                head_size,
+                dtype,
+                window=(64, 64),
+                alibi_slopes=torch.zeros(8, 12),
+                rel_bias=torch.zeros(1000, 12, 257),
+                bias=torch.zeros(10000),
+                bias_offsets=_OFFSETS,
+                softcap=30.0,
+                **_DROPOUT,
+            )
