@@ -88,10 +88,10 @@ def make_rule(
         rel_stride_r=rel_strides[2],
         rel_radius=0 if rel_bias is None else rel_bias.shape[-1] // 2,
         bias=bias,
-        bias_offsets=bias_offsets,
+        bias_offsets=None if bias_offsets is None else bias_offsets.contiguous(),
         bias_stride_h=bias_strides[0],
         bias_stride_t=bias_strides[1],
-        rng=rng if drops else None,
+        rng=rng.contiguous() if drops else None,
         drop_below=drops,
     )
 

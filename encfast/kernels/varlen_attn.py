@@ -200,8 +200,7 @@ def varlen_attn(
         heads_of(v),
         heads_of(out),
         lse,
-        cu_seqlens_q,
-        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        *_both_lengths(cu_seqlens_q, cu_seqlens_k),
         rule,
         B,
         N,
@@ -236,8 +235,7 @@ def varlen_attn_bwd(
         heads_of(dout),
         delta,
         finite_lse,
-        cu_seqlens_q,
-        cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+        *_both_lengths(cu_seqlens_q, cu_seqlens_k),
     )
     grads = _attn_grad.input_grads(saved, rule)
     drel_bias = _attn_bias_grad.rel_bias_grad(saved, rule, rel_bias) if rel_bias_grad else None
@@ -251,3 +249,8 @@ def varlen_attn_bwd(
 def _promoted(*tensors: Tensor) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
+
+
+def _both_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    ends_q = cu_seqlens_q.contiguous()
+    return ends_q, ends_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()

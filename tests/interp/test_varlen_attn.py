@@ -202,6 +202,17 @@ def test_bit_equal_from_run_to_run():
         assert torch.equal(first[name], second[name]), name
 
 
+def test_lengths_and_offsets_may_lie_apart():
+    case = Case(**SMALL, bias="T")
+    qkv, biases = make_qkv(case, FP32), make_biases(case, FP32)
+    cu = cu_seqlens(case.lens)
+    offsets = torch.tensor([0, 1, 1, 1601])
+    expected = ops.varlen_attn(*qkv, cu, bias_offsets=offsets, **biases)
+    apart = [x.repeat_interleave(2)[::2] for x in (cu, offsets)]
+    assert not apart[0].is_contiguous()
+    assert torch.equal(ops.varlen_attn(*qkv, apart[0], bias_offsets=apart[1], **biases), expected)
+
+
 def test_what_serves_the_op_checks_its_arguments():
     case = Case(**SMALL, rel="H")
     q, k, v = make_qkv(case, FP32)
