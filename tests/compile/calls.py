@@ -92,9 +92,8 @@ _OFFSETS = torch.zeros(9, dtype=torch.int64)
 _DROPOUT = {"dropout_p": 0.1, "rng": torch.zeros(2, dtype=torch.int64)}
 
 
-def _attention(head_size, dtype=torch.bfloat16, key_heads=12, **options):
-    """The forward and the backward of 1000 rows of 12 heads; `options` name arguments of the op."""
-    N, H, B = 1000, 12, 8
+def _attention(head_size, dtype=torch.bfloat16, N=1000, H=12, key_heads=12, B=8, **options):
+    """The forward and the backward of one shape; `options` name arguments of the op."""
     q, k = (torch.zeros(N, heads, head_size, dtype=dtype) for heads in (H, key_heads))
     cu, lse = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(H, N)
     given = {"causal": False, "window": (-1, -1)} | options
@@ -168,3 +167,16 @@ def varlen_attn_everything():
                 softcap=30.0,
                 **_DROPOUT,
             )
+
+
+@call(tensor_kernels=_ATTENTION)
+def varlen_attn_ones():
+    """Sizes of 1, which the compiler takes for constants."""
+    one = {"N": 100, "H": 1, "key_heads": 1, "B": 1}
+    offsets = torch.zeros(2, dtype=torch.int64)
+    _attention(64, **one | {"N": 1})
+    _attention(64, **one | {"H": 2}, window=(1, 1), alibi_slopes=torch.zeros(1, 2))
+    _attention(64, **one, rel_bias=torch.zeros(1, 1))
+    _attention(64, **one, rel_bias=torch.zeros(100, 1, 3))
+    drop = _DROPOUT | {"dropout_p": 2**-16}
+    _attention(64, **one, bias=torch.zeros(10000), bias_offsets=offsets, **drop)
