@@ -12,7 +12,7 @@ from torch import Tensor
 
 # device type -> dispatch key; devices for which encfast ships native kernels at all.
 _NATIVE_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 def has_native(op: str, device_type: str) -> bool:
@@ -49,7 +49,8 @@ def register_reference(stem: str, op: str, reference: Callable) -> None:
 
     @functools.wraps(reference)
     def serve(*args):
-        _announce(stem, next(a for a in args if isinstance(a, Tensor)).device.type)
+        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
+        _announce(stem, device_type, why_reference(device_type))
         return reference(*args)
 
     torch.library.impl(f"encfast::{op}", "CompositeExplicitAutograd", serve)
@@ -67,8 +68,8 @@ def register_triton(stem: str, op: str, serve: Callable, reference: Callable) ->
     @functools.wraps(serve)
     def dispatch(*args):
         device = next(a for a in args if isinstance(a, Tensor)).device
-        if why_not_triton(device):
-            _announce(stem, device.type)
+        if why := why_not_triton(device):
+            _announce(stem, device.type, why)
             return reference(*args)
         with torch.cuda.device(device):
             return serve(*args)
@@ -85,13 +86,13 @@ def why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def _announce(stem: str, device_type: str) -> None:
-    """One warning per op and device; an error under ENCFAST_REQUIRE_NATIVE=1."""
-    text = f"encfast.ops.{stem} has no native kernel on {device_type}: {why_reference(device_type)}"
+def _announce(stem: str, device_type: str, why: str) -> None:
+    """One warning per op, device and reason; an error under ENCFAST_REQUIRE_NATIVE=1."""
+    text = f"encfast.ops.{stem} has no native kernel on {device_type}: {why}"
     if os.environ.get("ENCFAST_REQUIRE_NATIVE") == "1":
         raise RuntimeError(f"{text}; ENCFAST_REQUIRE_NATIVE=1 forbids the reference")
-    if (stem, device_type) not in _warned:
-        _warned.add((stem, device_type))
+    if (stem, device_type, why) not in _warned:
+        _warned.add((stem, device_type, why))
         warnings.warn(
             f"{text}. The plain PyTorch reference serves it: same results, far slower. "
             "`python -m encfast.info` lists what is built",
