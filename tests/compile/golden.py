@@ -9,7 +9,7 @@ version of Triton:
 import json
 from pathlib import Path
 
-from report import Report
+from static_report import Report
 
 FOLDER = Path(__file__).parents[2] / "perf" / "static"
 # The scheduler moves a few instructions when a kernel is merely rearranged.

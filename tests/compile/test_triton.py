@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from calls import CALLS  # noqa: E402
 from cross import TARGETS, compiling, fake_gpu  # noqa: E402
 from pipe_bound import tensor_use_bound  # noqa: E402
-from report import MACHINES, _occupancy, report  # noqa: E402
+from static_report import MACHINES, _occupancy, report  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from encfast import kernels  # noqa: E402
