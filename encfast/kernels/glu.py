@@ -7,7 +7,7 @@ a few KiB of shared memory.
     forward    one program per tile, neighbours in memory next to each other in the grid
     backward   one program per group of rows and stripe of BLOCK_F columns: it walks down its rows,
                writes dx and keeps the sums of dbias, which it stores once as its line of partials
-    sum        one program per stripe of columns adds the partials, always in the same order
+    sum        see _rows.py
 
 Memory traffic per row, in elements, with F results: forward reads C and writes F; backward reads
 C + F and writes C. The partials add 8 C bytes per group of at least 8 BLOCK_N rows.
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config
+from ._rows import contiguous, lines_of, rows_of, sum_partials
 
 # BLOCK_N, BLOCK_F, warps. A thread holds eight neighbours of each operand, 16 bytes of half
 # precision in one load, which keeps the backward with its two sums below 100 registers.
@@ -35,7 +36,6 @@ _TILES = {
 # where there would be more than 256 groups, which with some stripes of columns fill any GPU.
 _MIN_STEPS = 8
 _MAX_GROUPS = 256
-_SUM_GROUPS, _SUM_COLUMNS = 32, 32
 
 # In a product they stand on the right: the interpreter's constexpr does not yield to a tensor.
 _INV_SQRT_2 = tl.constexpr(0.7071067811865476)
@@ -168,36 +168,17 @@ def glu_bwd_kernel(
             tl.store(p_partial + at_b, tl.sum(b_sum_b, 0), mask=m_f)
 
 
-@triton.jit
-def glu_dbias_kernel(
-    partials,  # [groups, C]
-    dbias,  # [C]
-    groups,
-    C,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_sum = tl.zeros((BLOCK_G, BLOCK_C), tl.float32)
-    for start in range(0, groups, BLOCK_G):
-        o_g = (start + tl.arange(0, BLOCK_G)).to(tl.int64)
-        m_tile = (o_g < groups)[:, None] & m_c[None, :]
-        b_sum += tl.load(partials + (o_g * C)[:, None] + o_c[None, :], mask=m_tile, other=0.0)
-    tl.store(dbias + o_c, tl.sum(b_sum, 0), mask=m_c)
-
-
 def glu(
     x: Tensor, bias: Tensor | None, activation: str, gated: bool, activate_second: bool
 ) -> Tensor:
-    rows, F, halves = _rows(x), *_columns(x, gated, activate_second)
+    rows, F, halves = rows_of(x), *_columns(x, gated, activate_second)
     out = x.new_empty((*x.shape[:-1], F))
     if out.numel():
         block_n, block_f, warps = _config.nearest(_TILES, _config.target())
         grid = (triton.cdiv(rows.shape[0], block_n) * triton.cdiv(F, block_f),)
         glu_kernel[grid](
             rows,
-            _contiguous(bias),
+            contiguous(bias),
             out,
             rows.shape[0],
             F,
@@ -221,21 +202,22 @@ def glu_bwd(
     activate_second: bool,
     want_dbias: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows, F, halves = _rows(x), *_columns(x, gated, activate_second)
-    (N, C), d_rows = rows.shape, _rows(dout)
+    rows, F, halves = rows_of(x), *_columns(x, gated, activate_second)
+    (N, C), d_rows = rows.shape, rows_of(dout)
     dx = x.new_empty(x.shape)
     if N == 0:
         return dx, x.new_zeros(C if want_dbias else 0, dtype=torch.float32)
     block_n, block_f, warps = _config.nearest(_TILES, _config.target())
     steps = max(_MIN_STEPS, triton.cdiv(N, block_n * _MAX_GROUPS))
     groups = triton.cdiv(N, block_n * steps)
-    partials = x.new_empty((groups, C), dtype=torch.float32) if want_dbias else None
+    wanted = (want_dbias,)
+    partials = x.new_empty((sum(wanted), groups, C), dtype=torch.float32)
     glu_bwd_kernel[(groups * triton.cdiv(F, block_f),)](
         d_rows,
         rows,
-        _contiguous(bias),
+        contiguous(bias),
         dx,
-        partials,
+        *lines_of(partials, wanted),
         N,
         F,
         C,
@@ -249,18 +231,8 @@ def glu_bwd(
         BLOCK_F=block_f,
         num_warps=warps,
     )
-    dbias = x.new_empty(C if want_dbias else 0, dtype=torch.float32)
-    if partials is not None:
-        glu_dbias_kernel[(triton.cdiv(C, _SUM_COLUMNS),)](
-            partials, dbias, groups, C, BLOCK_G=_SUM_GROUPS, BLOCK_C=_SUM_COLUMNS, num_warps=4
-        )
+    (dbias,) = sum_partials(partials, wanted)
     return dx, dbias
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [N, C] with contiguous channels: a view where the rows lie evenly spaced."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _columns(x: Tensor, gated: bool, activate_second: bool) -> tuple[int, tuple[int, int]]:
@@ -269,7 +241,3 @@ def _columns(x: Tensor, gated: bool, activate_second: bool) -> tuple[int, tuple[
         return x.shape[-1], (0, 0)
     F = x.shape[-1] // 2
     return F, (F, 0) if activate_second else (0, F)
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from encfast.kernels import _rows
 from encfast.kernels import glu as kernels
 from encfast.ops.glu import _triton_fwd
 from encfast.ref.glu import glu as ref_glu
@@ -72,7 +73,7 @@ def test_more_steps_where_there_would_be_too_many_groups(monkeypatch):
 
 def test_partials_fill_several_tiles_of_the_sum(monkeypatch):
     monkeypatch.setattr(kernels, "_MIN_STEPS", 1)
-    monkeypatch.setattr(kernels, "_SUM_GROUPS", 2)
+    monkeypatch.setattr(_rows, "_LINES", 2)
     _check_both_ways(torch.randn(90, 70), torch.randn(70), "relu")  # 6 groups, 3 stripes of C
 
 
