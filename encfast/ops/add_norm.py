@@ -14,7 +14,8 @@ yield no rows, and gradients 0 for the parameters.
 Sources: Ba et al., Layer Normalization (arXiv:1607.06450); Zhang and Sennrich, RMSNorm
 (arXiv:1910.07467); branch_scale is the LayerScale of Touvron et al. (arXiv:2103.17239).
 
-Backends: C++ on the CPU, one pass over memory each way; elsewhere the reference.
+Backends: C++ on the CPU and Triton on CUDA and HIP, one pass over memory each way; elsewhere the
+reference.
 """
 
 import math
@@ -222,8 +223,27 @@ def _reference_bwd(
     )
 
 
+def _triton_fwd(x, residual, weight, bias, branch_scale, kind, eps, keep_total):
+    from ..kernels import add_norm as kernels
+
+    _check(x, residual, weight, bias, branch_scale, kind, eps)
+    return kernels.add_norm(x, residual, weight, bias, branch_scale, kind, eps, keep_total)
+
+
+def _triton_bwd(
+    dy, dtotal_in, total, mean, rstd, x, weight, branch_scale, kind, want_dweight, want_dbias
+):
+    from ..kernels import add_norm as kernels
+
+    return kernels.add_norm_bwd(
+        dy, dtotal_in, total, mean, rstd, x, weight, branch_scale, kind, want_dweight, want_dbias
+    )
+
+
 _backends.register_reference("add_norm", "add_norm", _reference_fwd)
 _backends.register_reference("add_norm", "add_norm_bwd", _reference_bwd)
+_backends.register_triton("add_norm", "add_norm", _triton_fwd, _reference_fwd)
+_backends.register_triton("add_norm", "add_norm_bwd", _triton_bwd, _reference_bwd)
 
 
 def add_norm(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from encfast.kernels import glu, rotary, varlen_attn
+from encfast.kernels import add_norm, glu, rotary, varlen_attn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,69 @@ def call(*, tensor_kernels: Sequence[str] = (), quick: bool = False):
 
 def _bf16(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def _add_norm(C, dtype=torch.bfloat16, parameters=torch.bfloat16, N=1000, kind="layernorm"):
+    """Both ways, with everything there is."""
+    rows, parameter = torch.zeros(N, C, dtype=dtype), torch.zeros(C, dtype=parameters)
+    rest = (parameter, parameter, parameter, kind, None, True)
+    _, total, mean, rstd = add_norm.add_norm(rows, rows, *rest)
+    rest = (rows, parameter, parameter, kind, True, True)
+    add_norm.add_norm_bwd(rows, rows, total, mean, rstd, *rest)
+
+
+@call(quick=True)
+def add_norm_both():
+    _add_norm(768)
+
+
+@call()
+def add_norm_float32():
+    for C in (384, 768, 1024, 2048):
+        _add_norm(C, torch.float32, torch.float32)
+
+
+@call()
+def add_norm_mixed():
+    """bfloat16 with parameters of float32, and a residual stream of float32."""
+    _add_norm(768, parameters=torch.float32)
+    x, residual, weight = _bf16(100, 768), torch.zeros(100, 768), torch.zeros(768)
+    rest = (weight, None, None, "layernorm", None, True)
+    _, total, mean, rstd = add_norm.add_norm(x, residual, *rest)
+    rest = (None, weight, None, "layernorm", True, False)
+    add_norm.add_norm_bwd(residual, residual, total, mean, rstd, *rest)
+
+
+@call()
+def add_norm_of_one_tensor():
+    """RMSNorm and LayerNorm of x alone, without and with a weight."""
+    x = _bf16(1000, 768)
+    for kind, weight in (("rmsnorm", None), ("rmsnorm", _bf16(768)), ("layernorm", None)):
+        y, _, mean, rstd = add_norm.add_norm(x, None, weight, None, None, kind, None, False)
+        want = weight is not None
+        add_norm.add_norm_bwd(y, None, x, mean, rstd, None, weight, None, kind, want, False)
+
+
+@call()
+def add_norm_narrow_and_odd():
+    for C in (1, 33, 64, 1023):
+        _add_norm(C)
+
+
+@call()
+def add_norm_wide():
+    """The widest rows that registers take each way, and rows beyond."""
+    for C in (4096, 8192, 10240):
+        for dtype in (torch.bfloat16, torch.float32):
+            _add_norm(C, dtype, dtype)
+    _add_norm(10240, kind="rmsnorm")
+
+
+@call()
+def add_norm_ones():
+    """Sizes of 1, which the compiler takes for constants."""
+    for C in (1, 768):
+        _add_norm(C, N=1)
 
 
 @call(quick=True)

@@ -20,15 +20,27 @@ if INTERPRETED:
     bf16.install()
 
 
-@pytest.fixture(scope="module")
-def triton_serves_attention():
-    """encfast.ops.varlen_attn calls the Triton launchers on CPU tensors, behind its own checks and
-    autograd: the cases of tests/ops serve the kernels too."""
-    from encfast.kernels import varlen_attn as kernels
-
+def _serving(kernels, *ops):
+    """The dispatcher ops call the Triton launchers on CPU tensors, behind their checks and
+    autograd."""
     library = torch.library.Library("encfast", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # that a kernel is overridden
-        library.impl("varlen_attn", kernels.varlen_attn, "CPU", allow_override=True)
-        library.impl("varlen_attn_bwd", kernels.varlen_attn_bwd, "CPU", allow_override=True)
+        for op in ops:
+            library.impl(op, getattr(kernels, op), "CPU", allow_override=True)
     yield
     library._destroy()
+
+
+@pytest.fixture(scope="module")
+def triton_serves_attention():
+    """The cases of tests/ops serve the kernels of encfast.ops.varlen_attn too."""
+    from encfast.kernels import varlen_attn as kernels
+
+    yield from _serving(kernels, "varlen_attn", "varlen_attn_bwd")
+
+
+@pytest.fixture
+def triton_serves_add_norm():
+    from encfast.kernels import add_norm as kernels
+
+    yield from _serving(kernels, "add_norm", "add_norm_bwd")

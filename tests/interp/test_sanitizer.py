@@ -1,6 +1,7 @@
 """The sanitizer sees each kind of bug, planted once, and nothing in the project's kernels."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import glu, rotary
+from encfast.kernels import add_norm, glu, rotary
 
 
 @triton.jit
@@ -119,6 +120,20 @@ def _glu(dtype):
     )
 
 
+def _add_norm(dtype):
+    """Of views of rows in registers, then in stripes."""
+    results = []
+    x, residual = torch.randn(2, 2, 13, 42).to(dtype)[..., 1:]
+    weight, bias, scale = torch.randn(3, 41)
+    for kind, widest in (("layernorm", 64), ("rmsnorm", 32)):
+        with mock.patch.multiple(add_norm, _WIDEST=(widest, widest), _STRIPE=16):
+            outs = add_norm.add_norm(x, residual, weight, bias, scale, kind, None, True)
+            y, *saved = outs
+            rest = (x, weight, scale, kind, True, True)
+            results += [*outs, *add_norm.add_norm_bwd(x, y, *saved, *rest)]
+    return tuple(results)
+
+
 def _rotary(dtype):
     q, k = torch.randn(37, 3, 24).to(dtype), torch.randn(37, 1, 24).to(dtype)
     cos, sin = torch.randn(50, 10), torch.randn(50, 10)
@@ -143,7 +158,7 @@ def _attention(case, dtype):
     return tuple(run_op(case, make_qkv(case, dtype), make_douts(case, dtype), biases).values())
 
 
-CALLS = {"glu": _glu, "rotary": _rotary}
+CALLS = {"add_norm": _add_norm, "glu": _glu, "rotary": _rotary}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
 
