@@ -31,19 +31,19 @@ from torch import Tensor
 from . import _config
 from ._rows import contiguous, lines_of, rows_of, sum_partials
 
-# Bytes of a row, in the dtype of its sum, that one warp takes, and warps of a program at least;
-# forward and backward. Forward, a row of 1024 in half precision has a warp to itself, whose means
-# need no shared memory. Backward, a thread keeps its elements of three sums beside four operands,
-# which fit 128 registers where they are 16 of half precision or 8 of float32.
+# Elements of one warp's part of a tile and warps of a program at least; forward and backward.
+# Forward, a row of 1024 has a warp to itself, whose means need no shared memory. Backward, a thread
+# keeps 8 elements of each of three sums and up to four operands, in at most 128 registers: a
+# multiprocessor holds four programs of 4 warps, and about 128 of them all groups at once.
 _TILES = {
-    "sm_80": ((2048, 1), (1024, 4)),
-    "gfx90a": ((2048, 1), (1024, 4)),
-    "interpreter": ((2048, 1), (2048, 1)),
+    "sm_80": ((1024, 1), (256, 4)),
+    "gfx90a": ((1024, 1), (512, 4)),
+    "interpreter": ((512, 1), (512, 1)),
 }
 _WIDEST = (8192, 4096)  # channels of a row in registers, in programs of at most 16 warps
 _STRIPE = 2048  # columns of a tile of wider rows
-# A group has 16 rows or more, which keeps the traffic of the partials at about a tenth, and more
-# where there would be over 512 groups, which fill any GPU.
+# A group has 16 rows or more, so that the traffic of the partials is a sixth of that of the rows or
+# less, and more where there would be over 512 groups: from 8192 rows on it falls.
 _MIN_ROWS = 16
 _MAX_GROUPS = 512
 
@@ -327,7 +327,7 @@ def add_norm(
     N, C = rows.shape
     if N == 0:
         return y, total, mean, rstd
-    block_n, block_c, warps = _tile(C, dtype, 0)
+    block_n, block_c, warps = _tile(C, 0)
     kernel = add_norm_kernel if block_c >= C else add_norm_wide_kernel
     kernel[(triton.cdiv(N, block_n),)](
         rows,
@@ -372,7 +372,7 @@ def add_norm_bwd(
     weight = contiguous(weight)
     moments = (mean.contiguous() if kind == "layernorm" else None, rstd.contiguous())
     N, C = total_rows.shape
-    block_n, block_c, warps = _tile(C, total.dtype, 1)
+    block_n, block_c, warps = _tile(C, 1)
     steps = max(triton.cdiv(_MIN_ROWS, block_n), triton.cdiv(N, block_n * _MAX_GROUPS))
     groups = triton.cdiv(N, block_n * steps)
     partials = total.new_empty((sum(wanted), groups, C), dtype=torch.float32)
@@ -410,7 +410,7 @@ def _row_means(
     dy: Tensor, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Over each row, the mean of g times the norm and, for LayerNorm, of g = dy * weight."""
-    (N, C), (block_n, block_c, warps) = dy.shape, _tile(dy.shape[1], total.dtype, 0)
+    (N, C), (block_n, block_c, warps) = dy.shape, _tile(dy.shape[1], 0)
     along = torch.empty_like(rstd)
     direct = None if mean is None else torch.empty_like(rstd)
     add_norm_bwd_means_kernel[(triton.cdiv(N, block_n),)](
@@ -432,13 +432,12 @@ def _row_means(
     return along, direct
 
 
-def _tile(C: int, dtype: torch.dtype, direction: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_C and warps for sums of `dtype`; direction 0 is forward, 1 backward."""
-    warp_bytes, least_warps = _config.nearest(_TILES, _config.target())[direction]
-    per_warp = warp_bytes // dtype.itemsize
+def _tile(C: int, direction: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_C and warps; direction 0 is forward, 1 backward."""
+    per_warp, least_warps = _config.nearest(_TILES, _config.target())[direction]
     block_c = triton.next_power_of_2(C) if _WIDEST[direction] >= C else _STRIPE
     block_n = max(1, per_warp * least_warps // block_c)
-    return block_n, block_c, max(1, block_n * block_c // per_warp)
+    return block_n, block_c, block_n * block_c // per_warp
 
 
 def _stride(rows: Tensor | None) -> int:

@@ -169,7 +169,8 @@ def test_widths_at_the_limit_of_registers(channels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", (4096, 4097, 8192, 8193))
-def test_wide_rows_as_they_are(channels):
+def test_wide_rows_as_they_are(channels, monkeypatch):
+    monkeypatch.setattr(_rows, "_COLUMNS", 1024)  # 32 at a time would take the interpreter long
     _check_both_ways(_make((3, channels)))
 
 
