@@ -31,15 +31,17 @@ from torch import Tensor
 from . import _config
 from ._rows import contiguous, lines_of, rows_of, sum_partials
 
-# Elements of one warp's part of a tile and warps of a program at least; forward and backward.
-# Forward, a row of 1024 has a warp to itself, whose means need no shared memory. Backward, a thread
-# keeps 8 elements of each of three sums and up to four operands, in at most 128 registers: a
-# multiprocessor holds four programs of 4 warps, and about 128 of them all groups at once.
+# By bytes of an element of the sum, elements of one warp's part of a tile and warps of a program at
+# least, forward and backward. Forward, a thread loads 64 bytes of an operand, and a row of 1024 in
+# half precision has a warp to itself, whose means need no shared memory. Backward, a thread keeps 8
+# elements of each of three sums and up to four operands, in at most 128 registers where rows are
+# aligned: a multiprocessor holds four programs of 4 warps, and about 128 hold all groups at once.
 _TILES = {
-    "sm_80": ((1024, 1), (256, 4)),
-    "gfx90a": ((1024, 1), (512, 4)),
-    "interpreter": ((512, 1), (512, 1)),
+    "sm_80": {2: ((1024, 1), (256, 4)), 4: ((512, 1), (256, 4))},
+    "gfx90a": {2: ((1024, 1), (512, 4)), 4: ((1024, 1), (512, 4))},
+    "interpreter": {2: ((512, 1), (512, 1)), 4: ((512, 1), (512, 1))},
 }
+_MOST_ROWS = 64  # of a tile: addresses take two registers a row
 _WIDEST = (8192, 4096)  # channels of a row in registers, in programs of at most 16 warps
 _STRIPE = 2048  # columns of a tile of wider rows
 # A group has 16 rows or more, so that the traffic of the partials is a sixth of that of the rows or
@@ -327,7 +329,7 @@ def add_norm(
     N, C = rows.shape
     if N == 0:
         return y, total, mean, rstd
-    block_n, block_c, warps = _tile(C, 0)
+    block_n, block_c, warps = _tile(C, dtype, 0)
     kernel = add_norm_kernel if block_c >= C else add_norm_wide_kernel
     kernel[(triton.cdiv(N, block_n),)](
         rows,
@@ -372,7 +374,7 @@ def add_norm_bwd(
     weight = contiguous(weight)
     moments = (mean.contiguous() if kind == "layernorm" else None, rstd.contiguous())
     N, C = total_rows.shape
-    block_n, block_c, warps = _tile(C, 1)
+    block_n, block_c, warps = _tile(C, total.dtype, 1)
     steps = max(triton.cdiv(_MIN_ROWS, block_n), triton.cdiv(N, block_n * _MAX_GROUPS))
     groups = triton.cdiv(N, block_n * steps)
     partials = total.new_empty((sum(wanted), groups, C), dtype=torch.float32)
@@ -410,7 +412,7 @@ def _row_means(
     dy: Tensor, total: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Over each row, the mean of g times the norm and, for LayerNorm, of g = dy * weight."""
-    (N, C), (block_n, block_c, warps) = dy.shape, _tile(dy.shape[1], 0)
+    (N, C), (block_n, block_c, warps) = dy.shape, _tile(dy.shape[1], total.dtype, 0)
     along = torch.empty_like(rstd)
     direct = None if mean is None else torch.empty_like(rstd)
     add_norm_bwd_means_kernel[(triton.cdiv(N, block_n),)](
@@ -432,12 +434,13 @@ def _row_means(
     return along, direct
 
 
-def _tile(C: int, direction: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_C and warps; direction 0 is forward, 1 backward."""
-    per_warp, least_warps = _config.nearest(_TILES, _config.target())[direction]
+def _tile(C: int, dtype: torch.dtype, direction: int) -> tuple[int, int, int]:
+    """BLOCK_N, BLOCK_C and warps for sums of `dtype`; direction 0 is forward, 1 backward."""
+    table = _config.nearest(_TILES, _config.target())
+    per_warp, least_warps = table[dtype.itemsize][direction]
     block_c = triton.next_power_of_2(C) if _WIDEST[direction] >= C else _STRIPE
-    block_n = max(1, per_warp * least_warps // block_c)
-    return block_n, block_c, block_n * block_c // per_warp
+    block_n = min(_MOST_ROWS, max(1, per_warp * least_warps // block_c))
+    return block_n, block_c, max(1, block_n * block_c // per_warp)
 
 
 def _stride(rows: Tensor | None) -> int:

@@ -29,8 +29,9 @@ ORDER = ("x", "residual", "weight", "bias", "branch_scale")
 def _make(shape, parts="scaled", dtypes=(FP32,) * 3, layout="contiguous", offset=0.0):
     """The five tensors of the op, None for what is not there; dtypes of x, residual, parameters."""
     x, residual = (rows(shape, dtype, layout) for dtype in dtypes[:2])
+    x = x + offset if offset else x  # a sum would be a copy
     parameters = ((torch.randn(shape[-1]) * 0.5 + 1).to(dtypes[2]) for _ in range(3))
-    tensors = dict(zip(ORDER, (x + offset, residual, *parameters), strict=True))
+    tensors = dict(zip(ORDER, (x, residual, *parameters), strict=True))
     return [tensors[key] if key in ("x", *PARTS[parts]) else None for key in ORDER]
 
 
@@ -199,9 +200,11 @@ def _same_bits(some, others):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_give_the_bits_of_their_copies(layout, dtype):
     shape = (4, 5, 33)
-    x, residual, *parameters = _make(shape, dtypes=(dtype,) * 3, layout=layout)
+    other = LAYOUTS[LAYOUTS.index(layout) - 1]  # so that no stride stands for another
+    x, _, *parameters = _make(shape, dtypes=(dtype,) * 3, layout=layout)
+    residual = rows(shape, dtype, other)
     parameters = [p.repeat_interleave(2)[::2] for p in parameters]
-    grads = [rows(shape, dtype, layout) for _ in range(2)]
+    grads = [rows(shape, dtype, layout), rows(shape, dtype, other)]
     options = {"allow_degenerate": layout == "expanded"}  # one mean for all
     results = _check_both_ways([x, residual, *parameters], grads=grads, **options)
     copies = [t.contiguous() for t in (x, residual, *parameters)]
