@@ -31,7 +31,7 @@ __all__ = [
 
 
 def backends(stem: str) -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why', for one of `OPS`."""
+    """Device type -> 'native', 'triton' or 'reference: why', for one of `OPS`."""
     if stem not in OPS:
         raise ValueError(f"ops.backends: {stem!r} is not an op, expected one of {', '.join(OPS)}")
     return importlib.import_module(f".{stem}", __name__).backends()

@@ -136,6 +136,8 @@ def _reference_scatter(x, index, n):
 
 _backends.register_reference("pad", "gather_rows", _reference_gather)
 _backends.register_reference("pad", "scatter_rows", _reference_scatter)
+_backends.register_cuda("pad", "gather_rows", _reference_gather)
+_backends.register_cuda("pad", "scatter_rows", _reference_scatter)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
