@@ -24,7 +24,17 @@ from torch import Tensor
 from ..ref.pad import gather_rows as _ref_gather
 from ..ref.pad import scatter_rows as _ref_scatter
 from . import _backends
-from ._checks import FLOAT_DTYPES, can_read_values, check_device, check_dtype, check_tensor
+from ._checks import (
+    FLOAT_DTYPES,
+    assert_on_device,
+    can_assert_values,
+    can_read_values,
+    check_device,
+    check_dtype,
+    check_range,
+    check_tensor,
+    check_values,
+)
 
 DISPATCHER_OPS = ("gather_rows", "scatter_rows")
 
@@ -63,10 +73,7 @@ def _check_rows(
     check_dtype(op, name, rows, torch.int64)
     check_device(op, name, rows, "x", x)
     high = x.shape[0] if high is None else high
-    if can_read_values(rows) and rows.numel():
-        for value in (rows.min().item(), rows.max().item()):
-            if not low <= value < high:
-                raise ValueError(f"{op}: {name} holds {value}, expected {low} <= row < {high}")
+    check_range(op, name, rows, low, high, lambda: f"expected {low} <= row < {high}")
 
 
 def _check_count(op: str, name: str, count: int) -> None:
@@ -219,10 +226,14 @@ def _check_grid(x: Tensor, mask: Tensor) -> None:
         )
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(f"unpad: mask is {mask.dtype}, expected bool or an integer dtype")
-    if mask.dtype != torch.bool and can_read_values(mask):
-        other = mask[(mask != 0) & (mask != 1)]
-        if other.numel():
-            raise ValueError(f"unpad: mask holds {other[0].item()}, expected 0 (pad) or 1 (keep)")
+    if mask.dtype != torch.bool:
+        check_values(
+            "unpad",
+            "mask",
+            mask,
+            lambda keep: (keep == 0) | (keep == 1),
+            lambda: "expected 0 (pad) or 1 (keep)",
+        )
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None = None) -> Tensor:
@@ -246,8 +257,11 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None 
     n = batch * seqlen
     _check_rows("pad", x, "indices", indices, 0, n)
     _check_same_rows("pad", x, "indices", indices)
+    twice = "pad: indices holds a row twice, expected each grid row at most once"
     if can_read_values(indices) and _present(indices, n).count_nonzero() != indices.shape[0]:
-        raise ValueError("pad: indices holds a row twice, expected each grid row at most once")
+        raise ValueError(twice)
+    if can_assert_values(indices):
+        assert_on_device(_present(indices, n).count_nonzero() == indices.shape[0], twice)
     grid = torch.ops.encfast.scatter_rows(x, indices, n)
     if fill is not None:
         absent = ~_present(indices, n)
