@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from encfast.ops import _backends
 
 pytestmark = pytest.mark.quick
 
+ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
 LIBRARY_ARCHS = "8.0;9.0;10.0;12.0+PTX"  # what setup.py builds for by default
 
@@ -314,4 +316,4 @@ assert ["it is too old" in str(w.message) for w in said] == [True], said
 
 @pytest.mark.skipif(_load.error is not None, reason=f"not compiled: {_load.error}")
 def test_a_compiled_kernel_is_still_called_behind_the_look_at_the_gpu():
-    subprocess.run([sys.executable, "-c", OVERRIDE], check=True)
+    subprocess.run([sys.executable, "-c", OVERRIDE], check=True, cwd=ROOT)

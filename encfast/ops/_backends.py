@@ -21,7 +21,6 @@ from ._checks import check_device
 # Device types that encfast has kernels for, and their dispatch keys. PyTorch calls AMD's GPUs cuda.
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _AMD = ("gfx90a", "gfx942")  # what the Triton kernels are compiled and checked for
-
 _NOT_ON_AMD = "its kernels in CUDA C++ do not run on AMD's GPUs"
 
 # op -> "triton" or "native": what its GPU kernels are, whether or not they are there.
