@@ -1,5 +1,5 @@
-"""The kernels of csrc/cuda on the CPU, every CUDA thread a fiber: results against plain loops, under
-the sanitizers too; and each kind of bug planted once, to be caught."""
+"""The kernels of csrc/cuda on the CPU, every CUDA thread a fiber: results against plain loops, also
+under the sanitizers; and each kind of bug planted once, to be caught."""
 
 import os
 import shutil
