@@ -46,22 +46,27 @@ from ._attn_tile import (
     weight,
 )
 
-# As in the forward: BLOCK_M, BLOCK_N, warps, stages.
+# As in the forward: BLOCK_M, BLOCK_N, warps, stages. At 128 channels a program's own rows do not
+# stay in registers; the more of them share what a step brings, the less its loads hold the tensor
+# cores up.
 _DQ_AMPERE = {
-    (2, PLAIN): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    (2, PLAIN): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     (2, BIASED): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     (4, BIASED): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 _DQ_HOPPER = _DQ_AMPERE | {
+    (2, PLAIN): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
 _DKV_AMPERE = {
+    (2, PLAIN): {64: (64, 64, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     (2, BIASED): {256: (32, 32, 8, 1)},
     (4, BIASED): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 _DKV_HOPPER = _DKV_AMPERE | {
+    (2, PLAIN): {64: (64, 64, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (64, 64, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
 }
 _AMD = {
@@ -84,7 +89,15 @@ _DKV_TILES = {
         (2, BIASED): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
         (4, BIASED): {256: (16, 16, 8, 1)},
     },
-    "sm_120": _DKV_AMPERE,
+    "sm_120": _DKV_AMPERE
+    | {
+        (2, PLAIN): {
+            32: (64, 64, 8, 1),
+            64: (64, 64, 8, 2),
+            128: (16, 128, 8, 2),
+            256: (16, 32, 8, 1),
+        },
+    },
     "gfx90a": _AMD,
     "interpreter": {(2, BIASED): {256: (32, 64, 1, 1)}, (4, BIASED): {256: (64, 32, 1, 1)}},
 }

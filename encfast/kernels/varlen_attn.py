@@ -52,10 +52,10 @@ from ._attn_tile import (
 
 # By bytes of an element, weight of the rule and BLOCK_D: BLOCK_M, BLOCK_N, warps, stages.
 _AMPERE = {
-    (2, PLAIN): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+    (2, PLAIN): {64: (128, 128, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     (2, BIASED): {64: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
-    (4, BIASED): {128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    (4, BIASED): {64: (16, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 # The instructions of sm_80, but for sm_86, 89 and 120 the compiler runs out of registers earlier.
 _SMALL = _AMPERE | {
