@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 class Compiled(NamedTuple):
     source: Path
     arch: str
-    cubin: bytes
+    cubin: Path
     log: str  # what ptxas says of every kernel
 
 
@@ -49,7 +49,7 @@ def compiled(request, tmp_path_factory) -> Compiled:
         pytest.skip(f"this nvcc does not know {arch}")
     assert done.returncode == 0, done.stderr
     (cubin,) = folder.glob("*.cubin")
-    return Compiled(source, arch, cubin.read_bytes(), done.stderr)
+    return Compiled(source, arch, cubin, done.stderr)
 
 
 def test_compiles_clean(compiled):
@@ -64,15 +64,16 @@ def test_figures_are_not_worse(compiled, request):
     import golden
     from static_report import reports_of_cubin
 
+    name, arch = f"{compiled.source.stem}_cuda", compiled.arch
     if FIGURES_OF not in ask(NVCC, "--version"):
         pytest.skip(f"perf/static holds figures of nvcc, {FIGURES_OF}")
-    reports = reports_of_cubin(compiled.cubin, compiled.arch, WARPS)
+    reports = reports_of_cubin(compiled.cubin.read_bytes(), arch, WARPS)
     assert len(reports) == compiled.log.count("Compiling entry function")
     assert not [problem for found in reports for problem in found.problems]
-    name = f"{compiled.source.stem}_cuda"
     if request.config.getoption("--update-static"):
-        golden.update(name, compiled.arch, reports)
-    assert not golden.regressions(name, compiled.arch, reports)
+        golden.update(name, arch, reports)
+    worse = golden.regressions(name, arch, reports)
+    assert not worse
 
 
 @pytest.mark.slow
