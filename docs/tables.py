@@ -53,9 +53,9 @@ def op_table() -> str:
         )
         gpu = (
             (f"[Triton](encfast/kernels/{stem}.py)", f"encfast/kernels/{stem}.py"),
-            (f"[C++](csrc/cuda/{stem}.cu)", f"csrc/cuda/{stem}.cu"),
+            (f"[CUDA C++](csrc/cuda/{stem}.cu)", f"csrc/cuda/{stem}.cu"),
         )
-        cuda = next((link for link, path in gpu if (ROOT / path).exists()), "reference")
+        cuda = next((link for link, path in gpu if (ROOT / path).exists()), "reference: no kernel")
         rows.append(f"| [`{stem}`](encfast/ops/{stem}.py) | {what} | {cpu} | {cuda} |")
     return "\n".join(rows)
 

@@ -17,10 +17,10 @@ from encfast._version import __version__
 
 # Every environment variable encfast reads, and where.
 VARIABLES = {
-    "ENCFAST_CHECK": "1: check values of CUDA tensors too, at the price of waiting (encfast/ops)",
+    "ENCFAST_CHECK": "1: assert the values of CUDA tensors too, without waiting (encfast/ops)",
     "ENCFAST_CPU_ISA": "forces one of the usable CPU ISAs, read once (csrc/bind/isa.cpp)",
     "ENCFAST_CUDA": "build only; 0: no CUDA, 1: CUDA or an error (tools/cuda_toolkit.py)",
-    "ENCFAST_REQUIRE_NATIVE": "1: an error, not reference kernels (encfast/_load.py, setup.py)",
+    "ENCFAST_REQUIRE_NATIVE": "1: an error, not reference kernels (encfast, setup.py)",
 }
 
 
@@ -125,7 +125,9 @@ def listed(names: list[str]) -> str:
 
 
 def served(devices: dict[str, str]) -> str:
-    return "; ".join(f"{device}: {backend}" for device, backend in devices.items())
+    """`ops.backends` with the languages of the kernels instead of their kinds."""
+    languages = {"cpu": {"native": "C++"}, "cuda": {"native": "CUDA C++", "triton": "Triton"}}
+    return "; ".join(f"{device}: {languages[device].get(b, b)}" for device, b in devices.items())
 
 
 def setting(name: str, value: str | None) -> str:

@@ -176,6 +176,7 @@ def test_opcheck_pad(dtype, layout):
     torch.library.opcheck(
         torch.ops.encfast.scatter_rows.default, (x.detach().requires_grad_(), index, n + 2)
     )
+    torch.library.opcheck(torch.ops.encfast.find_rows.default, (x > 0,))
 
 
 @pytest.mark.quick
@@ -379,7 +380,7 @@ def test_export(strict):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("op", ["varlen_attn", "gather_rows", "scatter_rows"])
+@pytest.mark.parametrize("op", ["varlen_attn", "gather_rows", "scatter_rows", "find_rows"])
 def test_meta_tensors_give_shapes(op):
     x = torch.empty(7, 2, 8, device="meta", dtype=BF16)
     if op == "varlen_attn":
@@ -387,6 +388,10 @@ def test_meta_tensors_give_shapes(op):
         out, lse = ops.varlen_attn(x, x, x, cu, return_lse=True)
         assert out.shape == x.shape and out.dtype == BF16
         assert lse.shape == (2, 7) and lse.dtype == FP32
+    elif op == "find_rows":
+        indices, cu_seqlens = ops.find_rows(torch.empty(2, 5, device="meta", dtype=torch.int64))
+        assert indices.shape == (10,) and indices.dtype == torch.int64
+        assert cu_seqlens.shape == (3,) and cu_seqlens.dtype == torch.int32
     else:
         index = torch.empty(7, device="meta", dtype=torch.int64)
         got = ops.gather_rows(x, index) if op == "gather_rows" else ops.scatter_rows(x, index, 9)
@@ -407,6 +412,8 @@ def test_no_device_sync_on_a_gpu():
         options = {"rel_bias": table, "bias": bias}
         assert ops.varlen_attn(q, q, q, cu, max_seqlen_q=7, **options).shape == q.shape
         assert ops.select_rows(q, rows).shape == (4, 2, 8)
+        indices, cu_seqlens = ops.find_rows(torch.empty(3, 5, device="cuda", dtype=torch.bool))
+        assert indices.shape == (15,) and cu_seqlens.shape == (4,)
         assert ops.scatter_rows(ops.select_rows(q, rows), rows, 9).shape == (9, 2, 8)
         table = torch.empty(9, 4, device="cuda")
         positions = torch.empty(7, device="cuda", dtype=torch.int64)
@@ -423,7 +430,7 @@ def test_every_op_has_its_files_and_answers_for_its_backends():
         module = importlib.import_module(f"encfast.ops.{stem}")
         assert set(ops.backends(stem)) == {"cpu", "cuda"}
         for text in ops.backends(stem).values():
-            assert text == "native" or text.startswith("reference")
+            assert text in ("native", "triton") or text.startswith("reference: ")
         assert module.__doc__ and hasattr(ops, stem)
         for path in ("encfast/ref/{}.py", "csrc/cpu/{}.cpp", "csrc/bind/{}.cpp"):
             assert (ROOT / path.format(stem)).is_file(), path

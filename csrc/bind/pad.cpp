@@ -1,4 +1,4 @@
-// encfast::gather_rows and encfast::scatter_rows on the CPU.
+// encfast::gather_rows, encfast::scatter_rows and encfast::find_rows on the CPU.
 //
 // A scatter to distinct rows is a gather by the inverse index, which also writes the zero rows: one
 // pass over the result and no second one over x. Where rows share a place, a counting sort groups
@@ -127,10 +127,24 @@ Tensor scatter_rows_cpu(const Tensor& x, const Tensor& index, int64_t n) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> find_rows_cpu(const Tensor& mask) {
+  constexpr const char* kOp = "encfast::find_rows";
+  check_cpu(kOp, "mask", mask);
+  auto [indices, cu_seqlens] = new_found_rows(kOp, mask);
+  const Tensor kept = torch::stable::contiguous(to_dtype(mask, ScalarType::Bool));
+  TorchPool pool;
+  cpu_kernels().pad.find_rows(
+      {static_cast<const uint8_t*>(kept.const_data_ptr()), indices.mutable_data_ptr<int64_t>(),
+       cu_seqlens.mutable_data_ptr<int32_t>(), mask.size(0), mask.size(1)},
+      pool.pool());
+  return {indices, cu_seqlens};
+}
+
 }  // namespace
 }  // namespace encfast
 
 STABLE_TORCH_LIBRARY_IMPL(encfast, CPU, m) {
   m.impl("gather_rows", TORCH_BOX(&encfast::gather_rows_cpu));
   m.impl("scatter_rows", TORCH_BOX(&encfast::scatter_rows_cpu));
+  m.impl("find_rows", TORCH_BOX(&encfast::find_rows_cpu));
 }

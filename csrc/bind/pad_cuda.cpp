@@ -1,7 +1,8 @@
-// encfast::gather_rows and encfast::scatter_rows on a GPU. No value of an index is read on the
-// host: the kernels assert their range. A scatter sorts the index (stable), so that rows which
-// share a place are added in their order without atomics: the same bits in every run. Rows of a
-// dtype that cannot be added move as bytes, and of those which share a place the first one stays.
+// encfast::gather_rows, encfast::scatter_rows and encfast::find_rows on a GPU. No value of an index
+// is read on the host: the kernels assert their range. A scatter sorts the index (stable), so that
+// rows which share a place are added in their order without atomics: the same bits in every run.
+// Rows of a dtype that cannot be added move as bytes, and of those which share a place the first
+// one stays.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -105,10 +106,30 @@ Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t n) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> find_rows(const Tensor& mask) {
+  constexpr const char* kOp = "encfast::find_rows";
+  const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
+  auto [indices, cu_seqlens] = new_found_rows(kOp, mask);
+  const int64_t n = indices.size(0);
+  if (n == 0) {
+    torch::stable::zero_(cu_seqlens);
+    return {indices, cu_seqlens};
+  }
+  const Tensor kept = torch::stable::contiguous(to_dtype(mask, ScalarType::Bool));
+  const Tensor tiles = new_contiguous(mask, {find_rows_scratch(n)}, ScalarType::Int);
+  check_launch(kOp, find_rows_cuda({static_cast<const uint8_t*>(kept.const_data_ptr()),
+                                    indices.mutable_data_ptr<int64_t>(),
+                                    cu_seqlens.mutable_data_ptr<int32_t>(),
+                                    tiles.mutable_data_ptr<int32_t>(), n, mask.size(1)},
+                                   current_stream(mask)));
+  return {indices, cu_seqlens};
+}
+
 }  // namespace
 }  // namespace encfast
 
 STABLE_TORCH_LIBRARY_IMPL(encfast, CUDA, m) {
   m.impl("gather_rows", TORCH_BOX(&encfast::gather_rows));
   m.impl("scatter_rows", TORCH_BOX(&encfast::scatter_rows));
+  m.impl("find_rows", TORCH_BOX(&encfast::find_rows));
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/varlen_attn.h"  // DType
@@ -96,6 +97,15 @@ inline int64_t row_elements(const Tensor& x) {
   int64_t count = 1;
   for (int64_t i = 1; i < x.dim(); ++i) count *= x.size(i);
   return count;
+}
+
+// What find_rows returns for a mask, unwritten: (indices [B * S] int64, cu_seqlens [B + 1] int32).
+inline std::tuple<Tensor, Tensor> new_found_rows(const char* op, const Tensor& mask) {
+  check_dim(op, "mask", mask, 2);
+  const int64_t n = mask.size(0) * mask.size(1);
+  STD_TORCH_CHECK(n <= INT32_MAX, op, ": mask has ", n, " entries, expected at most 2^31 - 1");
+  return {new_contiguous(mask, {n}, ScalarType::Long),
+          new_contiguous(mask, {mask.size(0) + 1}, ScalarType::Int)};
 }
 
 // Scratch memory from PyTorch's allocator, so that its accounting and its NaN fill of uninitialised

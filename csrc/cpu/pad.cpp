@@ -4,6 +4,9 @@
 //
 // Row sum: the same where several rows land on one. A result row belongs to one task, which adds
 // its sources in their order, kW columns at a time in registers: no atomics, one rounding.
+//
+// Kept rows of a mask: counted row by row, then written row by row behind those of earlier rows.
+// The mask is read twice, a byte an entry, and 8 bytes an entry are written.
 #include "pad.h"
 
 #include <cstring>
@@ -119,8 +122,53 @@ void sum_rows(const SumRowsParams& p, const Pool& pool) {
   pool.run(pool.self, (p.n + job.rows - 1) / job.rows, sum_task, &job);
 }
 
+// Tasks of find_rows are stretches of mask rows.
+struct FindJob {
+  const FindRowsParams& params;
+  int64_t rows;  // per task
+};
+
+template <class F>
+ENCFAST_INLINE void for_rows_of_task(int64_t task, void* ctx, F f) {
+  const FindJob& job = *static_cast<const FindJob*>(ctx);
+  const int64_t batch = job.params.batch;
+  const int64_t end = (task + 1) * job.rows < batch ? (task + 1) * job.rows : batch;
+  for (int64_t b = task * job.rows; b < end; ++b) f(job.params, b);
+}
+
+void count_task(int64_t task, int, void* ctx) {
+  for_rows_of_task(task, ctx, [](const FindRowsParams& p, int64_t b) {
+    const uint8_t* mask = p.mask + b * p.seqlen;
+    int32_t count = 0;
+    for (int64_t s = 0; s < p.seqlen; ++s) count += mask[s] != 0;
+    p.cu_seqlens[b + 1] = count;
+  });
+}
+
+void place_task(int64_t task, int, void* ctx) {
+  for_rows_of_task(task, ctx, [](const FindRowsParams& p, int64_t b) {
+    const uint8_t* mask = p.mask + b * p.seqlen;
+    int64_t* out = p.indices + p.cu_seqlens[b];
+    for (int64_t s = 0; s < p.seqlen; ++s) {
+      if (mask[s]) *out++ = b * p.seqlen + s;
+    }
+  });
+}
+
+void find_rows(const FindRowsParams& p, const Pool& pool) {
+  const int64_t row = p.seqlen > 0 ? p.seqlen : 1;
+  FindJob job{p, row >= kTaskBytes ? 1 : kTaskBytes / row};
+  const int64_t tasks = (p.batch + job.rows - 1) / job.rows;
+  p.cu_seqlens[0] = 0;
+  pool.run(pool.self, tasks, count_task, &job);
+  for (int64_t b = 0; b < p.batch; ++b) p.cu_seqlens[b + 1] += p.cu_seqlens[b];
+  pool.run(pool.self, tasks, place_task, &job);
+  const int64_t kept = p.cu_seqlens[p.batch];
+  std::memset(p.indices + kept, 0xff, (p.batch * p.seqlen - kept) * sizeof(int64_t));  // -1
+}
+
 }  // namespace
 
-extern const PadKernels kPad = {gather_rows, sum_rows};
+extern const PadKernels kPad = {gather_rows, sum_rows, find_rows};
 
 }  // namespace encfast::ENCFAST_ISA

@@ -33,9 +33,20 @@ struct SumRowsParams {
   int64_t src_stride;  // in elements
 };
 
+// Which entries of a mask [batch, seqlen] are kept (not 0), in their order: their places in the
+// flattened mask, then -1 up to batch * seqlen; cu_seqlens[b] of them stand before row b.
+struct FindRowsParams {
+  const uint8_t* mask;
+  int64_t* indices;     // [batch * seqlen]
+  int32_t* cu_seqlens;  // [batch + 1]
+  int64_t batch;
+  int64_t seqlen;
+};
+
 struct PadKernels {
   void (*gather_rows)(const GatherRowsParams&, const Pool&);
   void (*sum_rows)(const SumRowsParams&, const Pool&);
+  void (*find_rows)(const FindRowsParams&, const Pool&);
 };
 
 }  // namespace encfast

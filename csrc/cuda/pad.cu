@@ -1,4 +1,6 @@
-// Row moves: memory traffic and nothing else.
+// Row moves, and which rows a mask keeps: memory traffic and nothing else.
+//
+// Moves (gather, sum):
 //
 //   block = lanes x rows          lanes of one row take its vectors in turn; as many rows
 //   +--------+--------+           share a block as fill it; rows beyond the grid are reached
@@ -8,12 +10,21 @@
 // Bytes moved per row: read row_bytes + 8 (index), write row_bytes. No shared memory. A vector is
 // the widest of 16, 8, 4, 2, 1 bytes to which both sides are aligned in every row; what row_bytes
 // leaves over moves byte by byte. All offsets are 64 bits wide.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+//
+// Kept rows: the flattened mask is cut into tiles of 4096 entries, one to a block, whatever the
+// length of a sequence.
+//
+//   block = 8 warps, each with 16 rounds of 32 entries: a ballot per round, kept in registers
+//   +-------------------+-------------------+
+//   | warp 0: r0 r1 ..  | warp 1: r0 r1 ..  |    count: entries kept in each tile
+//   +-------------------+-------------------+    scan:  one block, over the tiles
+//                                                place: ballots again, rank = tile + warp + lane
+//
+// The mask is read twice, 1 byte an entry; 8 bytes an entry are written. Shared memory holds one
+// count per warp. Indices are at most 2^31 - 1, since cu_seqlens is int32.
 #include <cassert>
 
+#include "common/gpu.h"
 #include "pad.h"
 
 namespace encfast {
@@ -66,7 +77,7 @@ __global__ void gather_rows_kernel(CudaGatherRowsParams p) {
 template <typename Vec>
 void launch_gather(const CudaGatherRowsParams& p, cudaStream_t stream) {
   const dim3 block = block_for(ceil_div(p.row_bytes, sizeof(Vec)));
-  gather_rows_kernel<Vec><<<blocks_for(p.n, block.y), block, 0, stream>>>(p);
+  ENCFAST_LAUNCH((gather_rows_kernel<Vec>), blocks_for(p.n, block.y), block, stream, p);
 }
 
 // begin[r] = how many of `sorted` are below r, for r in 0..n.
@@ -160,7 +171,7 @@ __global__ void sum_rows_kernel(CudaSumRowsParams p) {
 template <typename T, int kWidth>
 void launch_sum(const CudaSumRowsParams& p, cudaStream_t stream) {
   const dim3 block = block_for(ceil_div(p.row_elements, kWidth));
-  sum_rows_kernel<T, kWidth><<<blocks_for(p.n, block.y), block, 0, stream>>>(p);
+  ENCFAST_LAUNCH((sum_rows_kernel<T, kWidth>), blocks_for(p.n, block.y), block, stream, p);
 }
 
 // In vectors of 16 bytes where rows are whole ones, else element by element.
@@ -173,6 +184,102 @@ void launch_sum_of(const CudaSumRowsParams& p, cudaStream_t stream) {
   } else {
     launch_sum<T, 1>(p, stream);
   }
+}
+
+constexpr int kWarpSize = 32, kWarps = kThreads / kWarpSize;
+constexpr unsigned kAllLanes = ~0u;
+constexpr int kRounds = 16;                    // a warp's: its ballots fill 16 registers
+constexpr int kStretch = kRounds * kWarpSize;  // entries of a warp
+constexpr int kTile = kWarps * kStretch;       // and of a block
+
+// One bit per entry of this warp's stretch that is kept; returns their number.
+__device__ int kept_of_warp(const CudaFindRowsParams& p, int64_t begin,
+                            unsigned (&ballots)[kRounds]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  int count = 0;
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t i = begin + round * kWarpSize + lane;
+    ballots[round] = __ballot_sync(kAllLanes, i < p.n && p.mask[i] != 0);
+    count += __popc(ballots[round]);
+  }
+  return count;
+}
+
+// The sum of `value` over this thread and those before it in the block; `total` is that of all.
+__device__ int inclusive_scan(int value, int& total) {
+  ENCFAST_SHARED(int, warp_sums, kWarps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  for (int reach = 1; reach < kWarpSize; reach *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(reach));
+    if (lane >= reach) value += before;
+  }
+  __syncthreads();  // an earlier scan has been read
+  if (lane == kWarpSize - 1) warp_sums[warp] = value;
+  __syncthreads();
+  total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) value += total;
+    total += warp_sums[w];
+  }
+  return value;
+}
+
+int64_t tiles_of(int64_t n) { return ceil_div(n, kTile); }
+
+__device__ int64_t begin_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kTile +
+         static_cast<int64_t>(threadIdx.x) / kWarpSize * kStretch;
+}
+
+__global__ void __launch_bounds__(kThreads) count_kept_kernel(CudaFindRowsParams p) {
+  unsigned ballots[kRounds];
+  const int kept = kept_of_warp(p, begin_of_warp(), ballots);
+  int total;
+  inclusive_scan(threadIdx.x % kWarpSize == 0 ? kept : 0, total);
+  if (threadIdx.x == 0) p.tiles[blockIdx.x] = total;
+}
+
+// One block: tiles[t] becomes the sum of those before t, and tiles[n_tiles] that of all.
+__global__ void __launch_bounds__(kThreads)
+    scan_tiles_kernel(CudaFindRowsParams p, int64_t n_tiles) {
+  int before = 0;
+  for (int64_t begin = 0; begin < n_tiles; begin += kThreads) {
+    const int64_t t = begin + threadIdx.x;
+    const int count = t < n_tiles ? p.tiles[t] : 0;
+    int total;
+    const int through = inclusive_scan(count, total);
+    if (t < n_tiles) p.tiles[t] = before + through - count;
+    before += total;
+  }
+  if (threadIdx.x == 0) p.tiles[n_tiles] = before;
+}
+
+__global__ void __launch_bounds__(kThreads) place_kept_kernel(CudaFindRowsParams p) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t begin = begin_of_warp();
+  unsigned ballots[kRounds];
+  const int kept = kept_of_warp(p, begin, ballots);
+  int total;
+  const int through = inclusive_scan(lane == 0 ? kept : 0, total);
+  // Of the lanes of a warp the first holds its entries: all ranks of the warp start behind hers.
+  int rank = p.tiles[blockIdx.x] + __shfl_sync(kAllLanes, through, 0) - kept;
+  const int all = p.tiles[gridDim.x];
+  const unsigned lanes_before = (1u << lane) - 1;
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t i = begin + round * kWarpSize + lane;
+    if (i < p.n) {
+      const int before = rank + __popc(ballots[round] & lanes_before);
+      const auto entry = static_cast<unsigned>(i), seqlen = static_cast<unsigned>(p.seqlen);
+      if (entry % seqlen == 0) p.cu_seqlens[entry / seqlen] = before;
+      if (ballots[round] >> lane & 1) p.indices[before] = i;
+      if (i >= all) p.indices[i] = -1;
+    }
+    rank += __popc(ballots[round]);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.cu_seqlens[p.n / p.seqlen] = all;
 }
 
 }  // namespace
@@ -198,7 +305,7 @@ int gather_rows_cuda(const CudaGatherRowsParams& p, void* stream_handle) {
 int sum_rows_cuda(const CudaSumRowsParams& p, void* stream_handle) {
   if (p.n == 0 || p.row_elements == 0) return 0;
   auto* stream = static_cast<cudaStream_t>(stream_handle);
-  row_starts_kernel<<<blocks_for(p.n + 1, kThreads), kThreads, 0, stream>>>(p);
+  ENCFAST_LAUNCH((row_starts_kernel), blocks_for(p.n + 1, kThreads), kThreads, stream, p);
   switch (p.type) {
     case CudaSumType::kBytes:
       launch_sum_of<Byte>(p, stream);
@@ -222,6 +329,18 @@ int sum_rows_cuda(const CudaSumRowsParams& p, void* stream_handle) {
       launch_sum_of<int64_t>(p, stream);
       break;
   }
+  return static_cast<int>(cudaGetLastError());
+}
+
+int64_t find_rows_scratch(int64_t n) { return tiles_of(n) + 1; }
+
+int find_rows_cuda(const CudaFindRowsParams& p, void* stream_handle) {
+  if (p.n == 0) return 0;
+  auto* stream = static_cast<cudaStream_t>(stream_handle);
+  const auto tiles = static_cast<unsigned>(tiles_of(p.n));
+  ENCFAST_LAUNCH((count_kept_kernel), tiles, kThreads, stream, p);
+  ENCFAST_LAUNCH((scan_tiles_kernel), 1, kThreads, stream, p, tiles);
+  ENCFAST_LAUNCH((place_kept_kernel), tiles, kThreads, stream, p);
   return static_cast<int>(cudaGetLastError());
 }
 

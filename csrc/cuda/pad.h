@@ -45,7 +45,21 @@ struct CudaSumRowsParams {
   int64_t src_stride;    // in elements
 };
 
+// The entries of a mask that are kept (not 0), in their order:
+//   indices[0 .. N - 1]   where they stand in the flattened mask, and -1 behind them
+//   cu_seqlens[b]         how many are kept before row b, in 0..batch
+struct CudaFindRowsParams {
+  const uint8_t* mask;  // [n], rows of seqlen
+  int64_t* indices;     // [n]
+  int32_t* cu_seqlens;  // [n / seqlen + 1]
+  int32_t* tiles;       // [find_rows_scratch(n)]
+  int64_t n;            // below 2^31; nothing is written where it is 0
+  int64_t seqlen;
+};
+
 int gather_rows_cuda(const CudaGatherRowsParams& p, void* stream);
 int sum_rows_cuda(const CudaSumRowsParams& p, void* stream);
+int64_t find_rows_scratch(int64_t n);
+int find_rows_cuda(const CudaFindRowsParams& p, void* stream);
 
 }  // namespace encfast

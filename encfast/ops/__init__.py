@@ -5,7 +5,7 @@ import importlib
 from .add_norm import add_norm
 from .glu import glu
 from .packed_linear import pack_linear, packed_linear
-from .pad import Unpadded, gather_rows, pad, scatter_rows, select_rows, unpad
+from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
@@ -16,6 +16,7 @@ __all__ = [
     "Unpadded",
     "add_norm",
     "backends",
+    "find_rows",
     "gather_rows",
     "glu",
     "pack_linear",
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def backends(stem: str) -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why', for one of `OPS`."""
+    """Device type -> 'native', 'triton' or 'reference: why', for one of `OPS`."""
     if stem not in OPS:
         raise ValueError(f"ops.backends: {stem!r} is not an op, expected one of {', '.join(OPS)}")
     return importlib.import_module(f".{stem}", __name__).backends()

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ._checks import (
     FLOAT_DTYPES,
+    assert_on_device,
+    can_assert_values,
     can_read_values,
     check_cu_seqlens_values,
     check_device,
     check_dtype,
     check_tensor,
+    check_values,
 )
 
 MAX_HEAD_SIZE = 256
@@ -89,8 +92,7 @@ def _check_lengths(side: str, cu_seqlens: Tensor, max_seqlen: int | None, rows: 
         raise TypeError(f"{op}: {max_name} is {type(max_seqlen).__name__}, expected an int")
     elif max_seqlen < 0:
         raise ValueError(f"{op}: {max_name} is {max_seqlen}, expected >= 0")
-    if can_read_values(cu_seqlens):
-        check_cu_seqlens_values(op, name, cu_seqlens, rows.shape[0], max_name, max_seqlen)
+    check_cu_seqlens_values(op, name, cu_seqlens, rows.shape[0], max_name, max_seqlen)
 
 
 def _check_score_rule(scale, causal, window, softcap) -> None:
@@ -127,8 +129,7 @@ def _check_slopes(slopes: Tensor, q: Tensor, batch: int) -> None:
         )
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name} has no gradient; pass {name}.detach()")
-    if can_read_values(slopes) and not slopes.isfinite().all():
-        raise ValueError(f"{op}: {name} holds {slopes[~slopes.isfinite()][0]}, expected finite")
+    check_values(op, name, slopes, torch.isfinite, lambda: "expected finite")
 
 
 def check_biases(q, cu_seqlens_q, cu_seqlens_k, rel_bias, bias, bias_offsets) -> None:
@@ -184,6 +185,11 @@ def _check_bias(bias: Tensor, q: Tensor, pairs: Tensor) -> None:
             f"{op}: {name} has {bias.shape[-1]} entries per head, expected the sum of Lq * Lk, "
             f"{pairs.sum()}"
         )
+    if can_assert_values(pairs):
+        assert_on_device(
+            pairs.sum() == bias.shape[-1],
+            f"{op}: {name} has {bias.shape[-1]} entries per head, expected the sum of Lq * Lk",
+        )
 
 
 def _check_bias_offsets(offsets: Tensor, q: Tensor, pairs: Tensor) -> None:
@@ -196,8 +202,15 @@ def _check_bias_offsets(offsets: Tensor, q: Tensor, pairs: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} has {offsets.shape[0]} entries, expected B + 1, {batch + 1}"
         )
-    if not can_read_values(offsets):
-        return
+    if can_read_values(offsets):
+        _read_bias_offsets(offsets, pairs)
+    elif can_assert_values(offsets):
+        assert_on_device(offsets[0] == 0, f"{op}: {name} does not start at 0")
+        assert_on_device(offsets.diff() == pairs, f"{op}: {name} is not the running sum of Lq * Lk")
+
+
+def _read_bias_offsets(offsets: Tensor, pairs: Tensor) -> None:
+    op, name = "varlen_attn", "bias_offsets"
     if offsets[0] != 0:
         raise ValueError(f"{op}: {name} starts at {offsets[0]}, expected 0")
     wrong = (offsets.diff() != pairs).nonzero()

@@ -7,7 +7,7 @@ sequences that see it, in their order.
 import torch
 from torch import Tensor
 
-from ._checks import FLOAT_DTYPES, can_read_values, check_device, check_dtype, check_tensor
+from ._checks import FLOAT_DTYPES, check_device, check_dtype, check_range, check_tensor
 from .pad import gather_rows, scatter_rows
 
 
@@ -57,10 +57,8 @@ def _check_group(group: Tensor, k_g: Tensor, batch: int) -> None:
     check_device(op, name, group, "global_kv[0]", k_g)
     if group.shape[0] != batch:
         raise ValueError(f"{op}: {name} has {group.shape[0]} entries, expected B, {batch}")
-    if can_read_values(group):
-        wrong = group[(group < 0) | (group >= k_g.shape[0])]
-        if len(wrong):
-            raise ValueError(f"{op}: {name} holds {wrong[0]}, expected 0 <= row < {k_g.shape[0]}")
+    rows = k_g.shape[0]
+    check_range(op, name, group, 0, rows, lambda: f"expected 0 <= row < {rows}")
 
 
 def with_global_kv(

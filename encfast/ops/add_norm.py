@@ -278,5 +278,5 @@ def _will_differentiate(*tensors: Tensor | None) -> bool:
 
 
 def backends() -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why'."""
+    """Device type -> 'native', 'triton' or 'reference: why'."""
     return _backends.describe(DISPATCHER_OPS)

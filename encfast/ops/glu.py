@@ -168,5 +168,5 @@ def glu(
 
 
 def backends() -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why'."""
+    """Device type -> 'native', 'triton' or 'reference: why'."""
     return _backends.describe(DISPATCHER_OPS)

@@ -33,7 +33,16 @@ from ..ref.packed_linear import ACTIVATIONS, ELEMENT_BYTES, LAYOUT, packed_bytes
 from ..ref.packed_linear import pack_linear as _ref_pack
 from ..ref.packed_linear import packed_linear as _ref_linear
 from . import _backends
-from ._checks import FLOAT_DTYPES, can_read_values, check_device, check_dtype, check_tensor
+from ._checks import (
+    FLOAT_DTYPES,
+    assert_on_device,
+    can_assert_values,
+    can_read_values,
+    check_device,
+    check_dtype,
+    check_tensor,
+    check_values,
+)
 
 FORMATS = tuple(ELEMENT_BYTES)
 NORMS = ("layernorm", "rmsnorm")
@@ -64,10 +73,8 @@ def _check_weight(weight: Tensor, format: str) -> None:
     check_tensor(op, "weight", weight, 2, "[F, C]")
     check_dtype(op, "weight", weight, *FLOAT_DTYPES)
     _check_choice(op, "format", format, FORMATS)
-    if format == "int8" and can_read_values(weight) and not weight.isfinite().all():
-        raise ValueError(
-            f"{op}: weight holds {weight[~weight.isfinite()][0].item()}, int8 needs finite values"
-        )
+    if format == "int8":
+        check_values(op, "weight", weight, torch.isfinite, lambda: "int8 needs finite values")
 
 
 def _check_no_grad(op: str, **tensors: Tensor | None) -> None:
@@ -191,8 +198,7 @@ def _reference_linear(
             x, packed, out_features, format, bias, activation, gated, residual, norm, norm_weight,
             norm_bias, norm_eps,
         )  # fmt: skip
-    if can_read_values(packed):
-        _check_header(packed, [LAYOUT, FORMATS.index(format), out_features, x.shape[1]])
+    _check_header(packed, [LAYOUT, FORMATS.index(format), out_features, x.shape[1]])
     return _ref_linear(
         x,
         packed,
@@ -210,11 +216,16 @@ def _reference_linear(
 
 
 def _check_header(packed: Tensor, expected: list[int]) -> None:
-    if packed[:32].clone().view(torch.int64).tolist() != expected:
-        raise ValueError(
-            "packed_linear: packed was not made by pack_linear on this device for this format and "
-            "shape; pack the weight again where it is used"
-        )
+    message = (
+        "packed_linear: packed was not made by pack_linear on this device for this format and "
+        "shape; pack the weight again where it is used"
+    )
+    header = packed[:32].clone().view(torch.int64)  # the clone is aligned
+    if can_read_values(packed) and header.tolist() != expected:
+        raise ValueError(message)
+    if can_assert_values(packed):
+        for field, value in zip(header, expected, strict=True):
+            assert_on_device(field == value, message)
 
 
 _backends.register_reference("packed_linear", "pack_linear", _reference_pack)
@@ -292,5 +303,5 @@ def packed_linear(
 
 
 def backends() -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why'."""
+    """Device type -> 'native', 'triton' or 'reference: why'."""
     return _backends.describe(DISPATCHER_OPS)

@@ -1,14 +1,14 @@
 """Row moves between a padded grid and a packed batch, and between packed batches.
 
-Two dispatcher ops, linear and each other's adjoint: gradients of any order are made of them.
-
     gather_rows:   out[i] = x[index[i]], zeros where index[i] is -1
     scatter_rows:  out[index[i]] += x[i] from zeros, rows with index -1 dropped
+    find_rows:     which rows of a grid a mask keeps, as an index with -1 behind it
 
-`unpad` is a gather and `pad` a scatter. Rows that nothing is scattered to are zeros: pad rows never
-hold garbage. Rows that share an index are added in their order in float32 and rounded once, so the
-result is the same for every run and number of threads. Rows move as bytes: what stands in one row,
-NaN included, reaches no other.
+The moves are linear and each other's adjoint: gradients of any order are made of them. `unpad`
+finds rows and gathers them, and `pad` is a scatter. Rows that nothing is scattered to are zeros:
+pad rows never hold garbage. Rows that share an index are added in their order in float32 and
+rounded once, so the result is the same for every run and number of threads. Rows move as bytes:
+what stands in one row, NaN included, reaches no other.
 
 Rows of a dtype that cannot be added (bool, uint8, ...) must not share an index: the CPU refuses,
 CUDA, which may not wait to find out, keeps the first of them.
@@ -16,17 +16,29 @@ CUDA, which may not wait to find out, keeps the first of them.
 Backends: C++ on the CPU and CUDA; elsewhere the reference.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ref.pad import find_rows as _ref_find
 from ..ref.pad import gather_rows as _ref_gather
 from ..ref.pad import scatter_rows as _ref_scatter
 from . import _backends
-from ._checks import FLOAT_DTYPES, can_read_values, check_device, check_dtype, check_tensor
+from ._checks import (
+    FLOAT_DTYPES,
+    assert_on_device,
+    can_assert_values,
+    can_read_values,
+    check_device,
+    check_dtype,
+    check_range,
+    check_tensor,
+    check_values,
+)
 
-DISPATCHER_OPS = ("gather_rows", "scatter_rows")
+DISPATCHER_OPS = ("gather_rows", "scatter_rows", "find_rows")
 
 torch.library.define(
     "encfast::gather_rows",
@@ -38,7 +50,11 @@ torch.library.define(
     "(Tensor x, Tensor index, SymInt n) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
+torch.library.define(
+    "encfast::find_rows",
+    "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 _SUMMABLE = (*FLOAT_DTYPES, torch.float64, torch.int32, torch.int64)
 
@@ -63,10 +79,7 @@ def _check_rows(
     check_dtype(op, name, rows, torch.int64)
     check_device(op, name, rows, "x", x)
     high = x.shape[0] if high is None else high
-    if can_read_values(rows) and rows.numel():
-        for value in (rows.min().item(), rows.max().item()):
-            if not low <= value < high:
-                raise ValueError(f"{op}: {name} holds {value}, expected {low} <= row < {high}")
+    check_range(op, name, rows, low, high, lambda: f"expected {low} <= row < {high}")
 
 
 def _check_count(op: str, name: str, count: int) -> None:
@@ -89,6 +102,14 @@ def _fake_gather(x, index):
 @torch.library.register_fake("encfast::scatter_rows")
 def _fake_scatter(x, index, n):
     return x.new_empty((n, *x.shape[1:]))
+
+
+@torch.library.register_fake("encfast::find_rows")
+def _fake_find(mask):
+    return (
+        mask.new_empty(mask.shape[0] * mask.shape[1], dtype=torch.int64),
+        mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
+    )
 
 
 def _setup_gather(ctx, inputs, output) -> None:
@@ -134,8 +155,17 @@ def _reference_scatter(x, index, n):
     return _ref_scatter(x, index, n)
 
 
+def _reference_find(mask):
+    _check_mask("find_rows", mask)
+    return _ref_find(mask)
+
+
 _backends.register_reference("pad", "gather_rows", _reference_gather)
 _backends.register_reference("pad", "scatter_rows", _reference_scatter)
+_backends.register_reference("pad", "find_rows", _reference_find)
+_backends.register_cuda("pad", "gather_rows", _reference_gather)
+_backends.register_cuda("pad", "scatter_rows", _reference_scatter)
+_backends.register_cuda("pad", "find_rows", _reference_find)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -182,6 +212,24 @@ def scatter_rows(x: Tensor, rows: Tensor, n: int) -> Tensor:
     return torch.ops.encfast.scatter_rows(x, rows, n)
 
 
+def find_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of a padded grid a mask keeps, without waiting for the device.
+
+    Args:
+        mask: [B, S] bool or integer 0/1; True keeps. Gaps are allowed. At most 2^31 - 1 entries.
+
+    Returns:
+        indices [B * S] int64: the kept rows b * S + s of the grid in ascending order, then -1, so
+        that `gather_rows` makes zeros of what is left over; cu_seqlens [B + 1] int32: how many are
+        kept before each sequence. The number of kept rows, cu_seqlens[-1], stays on the device.
+
+    Raises:
+        TypeError, ValueError: a malformed argument, or a mask value other than 0 and 1.
+    """
+    _check_mask("find_rows", mask)
+    return torch.ops.encfast.find_rows(mask)
+
+
 def unpad(x: Tensor, mask: Tensor) -> Unpadded:
     """The rows of a padded grid that a mask keeps. For the border: reads the lengths on the host.
 
@@ -196,14 +244,12 @@ def unpad(x: Tensor, mask: Tensor) -> Unpadded:
         TypeError, ValueError: a malformed argument, or a mask value other than 0 and 1.
     """
     _check_grid(x, mask)
-    keep = mask.flatten().to(torch.bool)
-    counts = mask.to(torch.bool).sum(1, dtype=torch.int32)
-    lengths = counts.tolist()  # the one wait for the device
-    indices = torch.nonzero_static(keep, size=sum(lengths)).flatten()
-    cu_seqlens = counts.new_zeros(len(lengths) + 1)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    indices, cu_seqlens = torch.ops.encfast.find_rows(mask)
+    starts = cu_seqlens.tolist()  # the one wait for the device
+    indices = indices[: starts[-1]].clone()  # a view would keep the place of every pad row
     data = torch.ops.encfast.gather_rows(x.flatten(0, 1), indices)
-    return Unpadded(data, indices, cu_seqlens, max(lengths, default=0))
+    max_seqlen = max((end - start for start, end in itertools.pairwise(starts)), default=0)
+    return Unpadded(data, indices, cu_seqlens, max_seqlen)
 
 
 def _check_grid(x: Tensor, mask: Tensor) -> None:
@@ -215,12 +261,21 @@ def _check_grid(x: Tensor, mask: Tensor) -> None:
             f"unpad: mask has shape {tuple(mask.shape)}, expected the first two dimensions of x, "
             f"which has shape {tuple(x.shape)}"
         )
+    _check_mask("unpad", mask)
+
+
+def _check_mask(op: str, mask: Tensor) -> None:
+    check_tensor(op, "mask", mask, 2, "[B, S]")
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
-        raise TypeError(f"unpad: mask is {mask.dtype}, expected bool or an integer dtype")
-    if mask.dtype != torch.bool and can_read_values(mask):
-        other = mask[(mask != 0) & (mask != 1)]
-        if other.numel():
-            raise ValueError(f"unpad: mask holds {other[0].item()}, expected 0 (pad) or 1 (keep)")
+        raise TypeError(f"{op}: mask is {mask.dtype}, expected bool or an integer dtype")
+    if mask.dtype != torch.bool:
+        check_values(
+            op,
+            "mask",
+            mask,
+            lambda keep: (keep == 0) | (keep == 1),
+            lambda: "expected 0 (pad) or 1 (keep)",
+        )
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None = None) -> Tensor:
@@ -244,8 +299,11 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None 
     n = batch * seqlen
     _check_rows("pad", x, "indices", indices, 0, n)
     _check_same_rows("pad", x, "indices", indices)
+    twice = "pad: indices holds a row twice, expected each grid row at most once"
     if can_read_values(indices) and _present(indices, n).count_nonzero() != indices.shape[0]:
-        raise ValueError("pad: indices holds a row twice, expected each grid row at most once")
+        raise ValueError(twice)
+    if can_assert_values(indices):
+        assert_on_device(_present(indices, n).count_nonzero() == indices.shape[0], twice)
     grid = torch.ops.encfast.scatter_rows(x, indices, n)
     if fill is not None:
         absent = ~_present(indices, n)

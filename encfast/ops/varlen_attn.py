@@ -291,7 +291,7 @@ def varlen_attn(
 
     Raises:
         TypeError, ValueError: an argument is malformed; the message names it. Values of tensors
-            are checked in eager mode on the CPU, on a GPU under ENCFAST_CHECK=1.
+            are checked in eager mode on the CPU; a GPU asserts them under ENCFAST_CHECK=1.
         RuntimeError: malformed values met by the native kernel in compiled code.
 
     Numerics: scores, softmax and sums in float32, for bfloat16 and float16 the probabilities are
@@ -320,5 +320,5 @@ def varlen_attn(
 
 
 def backends() -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why'."""
+    """Device type -> 'native', 'triton' or 'reference: why'."""
     return _backends.describe(DISPATCHER_OPS)

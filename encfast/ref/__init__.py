@@ -6,12 +6,13 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 from .add_norm import add_norm
 from .glu import glu
 from .packed_linear import pack_linear, packed_linear
-from .pad import gather_rows, scatter_rows
+from .pad import find_rows, gather_rows, scatter_rows
 from .rotary import rotary
 from .varlen_attn import varlen_attn
 
 __all__ = [
     "add_norm",
+    "find_rows",
     "gather_rows",
     "glu",
     "pack_linear",

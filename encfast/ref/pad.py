@@ -1,4 +1,5 @@
-"""What the row moves of encfast.ops.pad mean, in plain PyTorch: each is the other's adjoint."""
+"""What encfast.ops.pad means, in plain PyTorch: two row moves, each the other's adjoint, and which
+rows a mask keeps."""
 
 import torch
 from torch import Tensor
@@ -21,3 +22,13 @@ def scatter_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
     kept = index >= 0
     out = torch.zeros((n, *x.shape[1:]), dtype=compute, device=x.device)
     return out.index_add(0, index[kept], x[kept].to(compute)).to(x.dtype)
+
+
+def find_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the entries of mask [B, S] that are not 0, with -1 behind them: [B * S] int64; and
+    how many of them stand before each row: [B + 1] int32."""
+    keep = mask != 0
+    indices = torch.nonzero_static(keep.flatten(), size=mask.numel(), fill_value=-1).flatten()
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    cu_seqlens[1:] = keep.sum(1).cumsum(0)
+    return indices, cu_seqlens

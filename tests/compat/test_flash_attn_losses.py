@@ -155,11 +155,11 @@ ERRORS = {
         lambda: CrossEntropyLoss(reduction="max"),
         NotImplementedError,
     ),
-    "labels hold 6, expected 0..5 or ignore_index, -100": (
+    "labels holds 6, expected 0..5 or ignore_index, -100": (
         lambda: cross_entropy_loss(X, Y + 1),
         ValueError,
     ),
-    "labels hold -100, expected 0..5 or ignore_index, 0": (
+    "labels holds -100, expected 0..5 or ignore_index, 0": (
         lambda: cross_entropy_loss(X, Y.where(Y > 0, -100), ignore_index=0),
         ValueError,
     ),

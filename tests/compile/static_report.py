@@ -58,11 +58,12 @@ NVIDIA_CLASSES = {
     "atomic": r"ATOM|RED[.G]|REDG",
     "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|LDGDEPBAR|WARPGROUP|FENCE|MEMBAR",
     "special": r"MUFU",
-    "shuffle": r"SHFL|REDUX",
+    "shuffle": r"SHFL|REDUX|VOTE",
     "float": r"FFMA|FMUL|FADD|DFMA|DMUL|DADD|FHADD|FMNMX|HFMA2|HADD2|HMUL2|HMNMX",
     "convert": r"F2F|I2F|F2I|F2FP|FRND",
     "select": r"F?SEL|FSETP|ISETP|PLOP|USEL|UISETP|FSET|P2R|R2P",
-    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS|U?SGXT",
+    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS|U?SGXT|"
+    r"U?POPC",
     "move": r"U?MOV|U?PRMT|R2UR|S2R|S2UR|CS2R|LDC|ULDC|UCLEA",
     "branch": r"BRA|BSSY|BSYNC|EXIT|CALL|RET|BREAK|NOP",
 }
@@ -147,13 +148,17 @@ def reports_of_cubin(cubin: bytes, arch: str, warps: int) -> list[Report]:
     Shared memory asked for at the launch is not known here and does not count.
     """
     read = _Cubin(cubin)
-    return sorted(
-        (
-            _report(_plain_name(name), arch, warps, used["SHARED"], read.code(name))
-            for name, used in read.usage.items()
-        ),
-        key=lambda found: found.name,
-    )
+    reports = []
+    for name, used in read.usage.items():
+        shared = _asked_for(used["SHARED"], arch)
+        reports.append(_report(_plain_name(name), arch, warps, shared, read.code(name)))
+    return sorted(reports, key=lambda found: found.name)
+
+
+def _asked_for(shared: int, arch: str) -> int:
+    """From sm_90 on a kernel with shared memory is listed with what the system takes."""
+    listed = shared and int(arch.removeprefix("sm_")) >= 90
+    return shared - MACHINES[arch].reserved if listed else shared
 
 
 class Code(NamedTuple):

@@ -56,6 +56,9 @@ def check_pad():
         x,
         (12, 9),
     )
+    mask = torch.rand(5, 11) < 0.6
+    for found, expected in zip(ops.find_rows(mask), ref.find_rows(mask), strict=True):
+        assert torch.equal(found, expected)
 
 
 def check_rotary():

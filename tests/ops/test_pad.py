@@ -118,6 +118,43 @@ def test_unpad_keeps_what_the_mask_keeps(dtype):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=name)
+@pytest.mark.parametrize("shape", [(4, 4), (1, 1), (7, 1), (300, 700), (0, 3), (3, 0)], ids=str)
+def test_find_rows_is_exact(shape, dtype):
+    for share in (0.0, 0.4, 1.0):
+        mask = (torch.rand(shape) < share).to(dtype)
+        for layout in (mask, mask.t().contiguous().t(), mask[:1].expand(shape)):
+            indices, cu_seqlens = ops.find_rows(layout)
+            want, want_cu = ref.find_rows(layout)
+            assert torch.equal(indices, want) and indices.dtype == torch.int64
+            assert torch.equal(cu_seqlens, want_cu) and cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.quick
+def test_find_rows_is_what_torch_finds():
+    indices, cu_seqlens = ops.find_rows(MASK)
+    assert indices.tolist() == [0, 1, 8, 10, 11, 13] + [-1] * 10
+    assert cu_seqlens.tolist() == [0, 2, 2, 5, 6]
+
+
+@pytest.mark.quick
+def test_rows_move_without_knowing_how_many():
+    """What find_rows leaves over gathers zeros and scatters nothing; no host reads a size."""
+    x = torch.randn(4, 4, 5)
+    indices, _ = ops.find_rows(MASK)
+    rows = ops.gather_rows(x.flatten(0, 1), indices)
+    assert torch.equal(rows[:6], x[MASK.bool()]) and (rows[6:] == 0).all()
+    grid = torch.ops.encfast.scatter_rows(rows, indices, 16).unflatten(0, (4, 4))
+    assert torch.equal(grid, x * MASK[..., None])
+
+
+@pytest.mark.quick
+def test_indices_hold_no_more_memory_than_their_rows():
+    rows = ops.unpad(torch.randn(4, 4, 5), MASK)
+    assert rows.indices.untyped_storage().nbytes() == 6 * 8
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("tail", [(), (5,), (3, 4), (0,)], ids=str)
 def test_pad_inverts_unpad(tail):
     x = torch.randn(4, 4, *tail, requires_grad=True)
@@ -207,12 +244,14 @@ def test_results_do_not_alias_their_input():
 def test_bit_equal_for_any_thread_count():
     x = torch.randn(500, 65).bfloat16()
     rows = torch.randint(0, 300, (500,))
+    mask = torch.rand(400, 1000) < 0.5
     threads = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             results.append((ops.scatter_rows(x, rows, 300), ops.select_rows(x, rows)))
+            assert torch.equal(ops.find_rows(mask)[0], ref.find_rows(mask)[0])
     finally:
         torch.set_num_threads(threads)
     for scattered, selected in results[1:]:
@@ -284,6 +323,9 @@ ERRORS = {
         lambda: ops.unpad(X, torch.full((4, 3), 2)),
         ValueError,
     ),
+    r"find_rows: mask has shape \(4,\)": (lambda: ops.find_rows(LONG), ValueError),
+    "find_rows: mask is torch.float32": (lambda: ops.find_rows(X), TypeError),
+    "find_rows: mask holds -1": (lambda: ops.find_rows(-torch.ones(2, 2).long()), ValueError),
     "unpad: mask is list": (lambda: ops.unpad(X, [[1]]), TypeError),
 }
 

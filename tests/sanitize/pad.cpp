@@ -28,6 +28,26 @@ bool check_gather() {
   return ok;
 }
 
+bool check_find() {
+  // Three tasks of 128 KiB, the last one short.
+  constexpr int64_t kBatch = 301, kSeqlen = 1000;
+  std::vector<uint8_t> mask(kBatch * kSeqlen);
+  std::vector<int64_t> want, indices(mask.size(), 0x7f);
+  std::vector<int32_t> cu_seqlens(kBatch + 1, 0x7f), starts{0};
+  for (size_t i = 0; i < mask.size(); ++i) {
+    mask[i] = i * 2654435761u % 7 < 3 ? static_cast<uint8_t>(i % 3 + 1) : 0;
+    if (mask[i]) want.push_back(static_cast<int64_t>(i));
+    if ((i + 1) % kSeqlen == 0) starts.push_back(static_cast<int32_t>(want.size()));
+  }
+  want.resize(mask.size(), -1);
+  ThreadPool pool{4};
+  kPadKernels.find_rows({mask.data(), indices.data(), cu_seqlens.data(), kBatch, kSeqlen},
+                        pool.pool());
+  const bool ok = indices == want && cu_seqlens == starts;
+  std::printf("%-28s %s\n", "find_rows", ok ? "" : "wrong rows");
+  return ok;
+}
+
 }  // namespace
 
-int main() { return check_gather() ? 0 : 1; }
+int main() { return check_gather() && check_find() ? 0 : 1; }

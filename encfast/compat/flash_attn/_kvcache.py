@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from encfast import ops
-from encfast.ops._checks import can_read_values
+from encfast.ops._checks import (
+    assert_on_device,
+    can_assert_values,
+    can_read_values,
+    check_range,
+)
 
 from ._arguments import refuse, require, score_rule
 from .ops.triton.rotary import apply_rotary
@@ -169,12 +174,14 @@ def _lengths(cache_seqlens, batch: int, capacity: int, device) -> Tensor:
         )
     if cache_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_OP}: cache_seqlens is {cache_seqlens.dtype}, expected int32")
-    if can_read_values(cache_seqlens) and batch:
-        for value in (cache_seqlens.min().item(), cache_seqlens.max().item()):
-            if not 0 <= value <= capacity:
-                raise ValueError(
-                    f"{_OP}: cache_seqlens holds {value}, the caches have {capacity} rows"
-                )
+    check_range(
+        _OP,
+        "cache_seqlens",
+        cache_seqlens,
+        0,
+        capacity + 1,
+        lambda: f"the caches have {capacity} rows",
+    )
     return cache_seqlens.long()
 
 
@@ -183,6 +190,12 @@ def _check_room(used: Tensor, new: int, capacity: int) -> None:
         raise ValueError(
             f"{_OP}: k_cache has {capacity} rows, {int(used.max())} in use and {new} new ones do "
             "not fit; allocate a longer cache"
+        )
+    if can_assert_values(used):
+        assert_on_device(
+            used + new <= capacity,
+            f"{_OP}: k_cache has {capacity} rows, those in use and {new} new ones do not fit; "
+            "allocate a longer cache",
         )
 
 
@@ -199,10 +212,12 @@ def _parts(cache_batch_idx: Tensor | None, q: Tensor, k_cache: Tensor) -> Tensor
             f"{_OP}: cache_batch_idx has {cache_batch_idx.shape[0]} entries, q has {batch} "
             "sequences"
         )
-    if can_read_values(cache_batch_idx) and batch:
-        for value in (cache_batch_idx.min().item(), cache_batch_idx.max().item()):
-            if not 0 <= value < parts:
-                raise ValueError(
-                    f"{_OP}: cache_batch_idx holds {value}, the caches have {parts} sequences"
-                )
+    check_range(
+        _OP,
+        "cache_batch_idx",
+        cache_batch_idx,
+        0,
+        parts,
+        lambda: f"the caches have {parts} sequences",
+    )
     return cache_batch_idx.long()

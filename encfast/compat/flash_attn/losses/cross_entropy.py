@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from encfast.ops._checks import can_read_values
+from encfast.ops._checks import check_values
 
 from .._arguments import refuse, require
 
@@ -114,13 +114,14 @@ def cross_entropy_loss(
         raise ValueError(f"{op}: labels are on {labels.device}, logits on {logits.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0..1")
-    if can_read_values(labels):
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))]
-        if wrong.numel():
-            raise ValueError(
-                f"{op}: labels hold {int(wrong[0])}, expected 0..{logits.shape[1] - 1} or "
-                f"ignore_index, {ignore_index}"
-            )
+    classes = logits.shape[1]
+    check_values(
+        op,
+        "labels",
+        labels,
+        lambda label: (label == ignore_index) | ((label >= 0) & (label < classes)),
+        lambda: f"expected 0..{classes - 1} or ignore_index, {ignore_index}",
+    )
     return _CrossEntropy.apply(
         logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale,
         ignore_index, inplace_backward,
