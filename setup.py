@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(ROOT, "tools"))  # a build backend does not do it
+import cuda_toolkit  # noqa: E402
 from compiler import CXX, FLAGS, compile_all, known_isas  # noqa: E402
-from cuda_toolkit import DEFAULT_ARCHS, gencode, link_flags, nvcc_or_reason  # noqa: E402
 
 TORCH_TARGET = (2, 10)  # the oldest PyTorch whose stable ABI the library asks for
 
@@ -41,8 +41,8 @@ class BuildNative(build_ext):
         self.torch_root = os.path.dirname(torch.__file__)
         self.objects = f"build/native/{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
         self.isas = known_isas()
-        self.nvcc, self.why_no_cuda = nvcc_or_reason(torch)
-        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        self.nvcc, self.why_no_cuda = cuda_toolkit.nvcc_or_reason(torch)
+        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_toolkit.DEFAULT_ARCHS
         # Cores first: they take the longest.
         ops = [*self.core_units(), *self.bind_units(), *self.cuda_units()]
         host = self.host_units()
@@ -75,11 +75,7 @@ class BuildNative(build_ext):
 
     def cuda_units(self):
         """(object, command) for each CUDA file, where CUDA is built."""
-        sources = sorted(glob("csrc/cuda/*.cu")) if self.nvcc else []
-        host = ["-ccbin", CXX[0], "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
-        for src in sources:
-            flags = ["-O3", "-std=c++17", *gencode(self.archs), *host]
-            yield f"{self.objects}/{src}.o", [self.nvcc, *flags, "-c", src]
+        return cuda_toolkit.units(self.nvcc, self.archs, self.objects) if self.nvcc else []
 
     def host_units(self):
         """(object, command) for each file of the NumPy helpers, which NumPy itself can replace."""
@@ -102,7 +98,7 @@ class BuildNative(build_ext):
         libraries = [f"-L{self.torch_root}/lib", "-lc10", "-ltorch_cpu"]
         # Nothing needs libtorch itself, but it brings libtorch_cuda along where there is one.
         libraries += ["-Wl,--no-as-needed", "-ltorch"]
-        return libraries + (link_flags(self.nvcc) if self.nvcc else [])
+        return libraries + (cuda_toolkit.link_flags(self.nvcc) if self.nvcc else [])
 
     def link(self, name, units, libraries):
         out, objects = self.get_ext_fullpath(name), [obj for obj, _ in units]

@@ -8,8 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # each other cost many times the work. Tests of threading set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser):
@@ -31,3 +36,12 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The files a fresh clone would have."""
+    ignore = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__"
+    )
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "encfast", ignore=ignore)

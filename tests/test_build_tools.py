@@ -119,6 +119,33 @@ def test_reasons_against_cuda(nvcc, monkeypatch):
         cuda_toolkit.nvcc_or_reason(TORCH_WITH_CUDA)
 
 
+def test_nvcc_from_pip(monkeypatch, tmp_path):
+    pins = cuda_toolkit.pip_requirements(TORCH_WITH_CUDA)
+    assert "nvidia-cuda-nvcc==13.0.*" in pins
+    assert all(pin.endswith("==13.0.*") for pin in pins)
+    with pytest.raises(SystemExit, match="has no CUDA; nvcc comes from pip for CUDA 13 or later"):
+        cuda_toolkit.pip_requirements(TORCH_WITHOUT)
+    older = SimpleNamespace(__version__="2.10.0", version=SimpleNamespace(cuda="12.8"))
+    with pytest.raises(SystemExit, match=r"PyTorch 2\.10\.0 has CUDA 12\.8; nvcc comes"):
+        cuda_toolkit.pip_requirements(older)
+    monkeypatch.setattr(cuda_toolkit.sysconfig, "get_path", lambda name: str(tmp_path))
+    home = tmp_path / "nvidia" / "cu13"
+    with pytest.raises(SystemExit, match=f"no nvcc in {home}/bin"):
+        cuda_toolkit.pip_home(TORCH_WITH_CUDA)
+    (home / "bin").mkdir(parents=True)
+    script(home / "bin" / "nvcc", "exit 0")
+    assert cuda_toolkit.pip_home(TORCH_WITH_CUDA) == str(home)
+
+
+def test_every_cuda_file_is_compiled(nvcc, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made = dict(cuda_toolkit.units(nvcc, "8.0;12.0+PTX", "objects"))
+    assert made.keys() == {f"objects/{p.relative_to(ROOT)}.o" for p in ROOT.glob("csrc/cuda/*.cu")}
+    for command in made.values():
+        assert command[0] == nvcc
+        assert set(cuda_toolkit.gencode("8.0;12.0+PTX")) < set(command)
+
+
 def test_gencode():
     assert cuda_toolkit.gencode("8.0;9.0a 12.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",

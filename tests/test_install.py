@@ -45,15 +45,6 @@ def package(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """The files a fresh clone would have."""
-    ignore = shutil.ignore_patterns(
-        ".*", "build", "dist", "*.egg-info", "*.so", "_build_info.json", "__pycache__"
-    )
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "encfast", ignore=ignore)
-
-
 # Importing.
 
 

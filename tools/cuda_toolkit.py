@@ -1,6 +1,10 @@
 """Finds the nvcc that fits the installed PyTorch, and its flags.
 
-Used by setup.py and by the tests of what it builds.
+Used by setup.py and by the tests of what it builds. As a program it serves `make wheel-cuda`, whose
+nvcc comes from pip:
+
+    python tools/cuda_toolkit.py requirements    what to ask pip for
+    python tools/cuda_toolkit.py home            CUDA_HOME, once those are installed
 """
 
 import os
@@ -8,10 +12,15 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from glob import glob
 
+from compiler import CXX
+
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+# The parts of nvcc as pip packages, which unpack into one tree; the runtime comes with PyTorch.
+NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl")
 
 
 def find_nvcc():
@@ -21,6 +30,27 @@ def find_nvcc():
     return next(
         filter(None, (shutil.which("nvcc", path=home and f"{home}/bin") for home in homes)), None
     )
+
+
+def pip_requirements(torch):
+    """The pip packages that make up the nvcc of this PyTorch's CUDA."""
+    cuda = torch.version.cuda
+    # Before 13 pip's packages hold ptxas and the like, but no nvcc.
+    if cuda is None or int(cuda.split(".")[0]) < 13:
+        has = f"CUDA {cuda}" if cuda else "no CUDA"
+        raise SystemExit(
+            f"PyTorch {torch.__version__} has {has}; nvcc comes from pip for CUDA 13 or later"
+        )
+    return [f"{package}=={cuda}.*" for package in NVCC_PACKAGES]
+
+
+def pip_home(torch):
+    """The folder in which these packages serve as a CUDA toolkit."""
+    major = torch.version.cuda.split(".")[0]
+    home = os.path.join(sysconfig.get_path("purelib"), "nvidia", f"cu{major}")
+    if not shutil.which("nvcc", path=f"{home}/bin"):
+        raise SystemExit(f"no nvcc in {home}/bin")
+    return home
 
 
 def ask(nvcc, *args):
@@ -62,6 +92,14 @@ def gencode(archs):
     return flags
 
 
+def units(nvcc, archs, objects):
+    """(object, command) for each CUDA file, under the folder `objects`."""
+    host = ["-ccbin", CXX[0], "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
+    for src in sorted(glob("csrc/cuda/*.cu")):
+        flags = ["-O3", "-std=c++17", *gencode(archs), *host]
+        yield f"{objects}/{src}.o", [nvcc, *flags, "-c", src]
+
+
 def link_flags(nvcc):
     """Linker flags for the static CUDA runtime of nvcc's toolkit.
 
@@ -72,3 +110,19 @@ def link_flags(nvcc):
         f"-L{top}/{lib}" for lib in (f"targets/{platform.machine()}-linux/lib", "lib64", "lib")
     ]
     return [*folders, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
+
+def main():
+    import torch
+
+    asked = sys.argv[1:]
+    if asked == ["requirements"]:
+        print(*pip_requirements(torch))
+    elif asked == ["home"]:
+        print(pip_home(torch))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """Figures of the kernels of quick calls as they were when last written down, in perf/static.
 
 A kernel may get better unnoticed, but not worse. After a change that is meant, or with another
-version of Triton:
+version of Triton or nvcc:
 
-    pytest -m "" tests/compile/test_triton.py --update-static
+    pytest -m "" tests/compile --update-static
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a compiled Triton kernel tells without running: resources, occupancy, instructions.
+"""What a compiled kernel of Triton or CUDA C++ tells without running: resources, occupancy, code.
 
 Everything is read from the machine code, by the disassemblers that come with Triton. It says
 nothing of latency, bank conflicts or memory stalls: compare it with itself, it does not predict a
@@ -58,11 +58,12 @@ NVIDIA_CLASSES = {
     "atomic": r"ATOM|RED[.G]|REDG",
     "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|LDGDEPBAR|WARPGROUP|FENCE|MEMBAR",
     "special": r"MUFU",
-    "shuffle": r"SHFL|REDUX",
-    "float": r"FFMA|FMUL|FADD|FHADD|FMNMX|HFMA2|HADD2|HMUL2|HMNMX",
+    "shuffle": r"SHFL|REDUX|VOTE",
+    "float": r"FFMA|FMUL|FADD|DFMA|DMUL|DADD|FHADD|FMNMX|HFMA2|HADD2|HMUL2|HMNMX",
     "convert": r"F2F|I2F|F2I|F2FP|FRND",
     "select": r"F?SEL|FSETP|ISETP|PLOP|USEL|UISETP|FSET|P2R|R2P",
-    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS|U?SGXT",
+    "integer": r"IMAD|IADD|LEA|LOP3|SHF|VIADD|IMNMX|VIMNMX|UIADD|ULEA|UIMAD|ULOP|USHF|IABS|U?SGXT|"
+    r"U?POPC",
     "move": r"U?MOV|U?PRMT|R2UR|S2R|S2UR|CS2R|LDC|ULDC|UCLEA",
     "branch": r"BRA|BSSY|BSYNC|EXIT|CALL|RET|BREAK|NOP",
 }
@@ -133,29 +134,62 @@ class Report:
 def report(kernel) -> Report:
     """Report of a `triton.compiler.CompiledKernel`."""
     target, meta = kernel.metadata.target, kernel.metadata
-    nvidia = target.backend == "cuda"
-    arch = f"sm_{target.arch}" if nvidia else target.arch
-    if nvidia:
-        registers, spill_bytes, code, labels = _read_cubin(kernel.asm["cubin"], meta.name)
-        classes, warp_limit = NVIDIA_CLASSES, _nvidia_warps(registers)
+    if target.backend == "cuda":
+        cubin = _Cubin(kernel.asm["cubin"])
+        arch, code = f"sm_{target.arch}", cubin.code(meta.name)
     else:
-        registers, spill_bytes, code, labels = _read_amd(kernel.asm["amdgcn"])
-        classes, warp_limit = AMD_CLASSES, _amd_warps(registers)
-    blocks, limiter = _occupancy(MACHINES[arch], meta.num_warps, meta.shared, warp_limit)
-    loops = _innermost_loops(code, labels)
+        arch, code = target.arch, _read_amd(kernel.asm["amdgcn"])
+    return _report(meta.name, arch, meta.num_warps, meta.shared, code)
+
+
+def reports_of_cubin(cubin: bytes, arch: str, warps: int) -> list[Report]:
+    """Reports of all kernels that nvcc put into a cubin, by name, for blocks of so many warps.
+
+    Shared memory asked for at the launch is not known here and does not count.
+    """
+    read = _Cubin(cubin)
+    reports = []
+    for name, used in read.usage.items():
+        shared = _asked_for(used["SHARED"], arch)
+        reports.append(_report(_plain_name(name), arch, warps, shared, read.code(name)))
+    return sorted(reports, key=lambda found: found.name)
+
+
+def _asked_for(shared: int, arch: str) -> int:
+    """From sm_90 on a kernel with shared memory is listed with what the system takes."""
+    listed = shared and int(arch.removeprefix("sm_")) >= 90
+    return shared - MACHINES[arch].reserved if listed else shared
+
+
+class Code(NamedTuple):
+    """One kernel as its disassembler shows it."""
+
+    registers: int
+    spill_bytes: int  # of stack and local memory
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def _report(name: str, arch: str, warps: int, shared: int, code: Code) -> Report:
+    if arch.startswith("sm_"):
+        classes, warp_limit = NVIDIA_CLASSES, _nvidia_warps(code.registers)
+    else:
+        classes, warp_limit = AMD_CLASSES, _amd_warps(code.registers)
+    blocks, limiter = _occupancy(MACHINES[arch], warps, shared, warp_limit)
+    loops = _innermost_loops(code.instructions, code.labels)
     loop = _main_loop(loops, classes)
     return Report(
-        name=meta.name,
+        name=name,
         arch=arch,
-        warps=meta.num_warps,
-        registers=registers,
-        spill_bytes=spill_bytes,
-        shared=meta.shared,
+        warps=warps,
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
+        shared=shared,
         shared_limit=MACHINES[arch].block_shared,
         blocks=blocks,
         limiter=limiter,
-        occupancy=round(blocks * meta.num_warps / MACHINES[arch].warps, 3),
-        instructions=_mix(code, classes),
+        occupancy=round(blocks * warps / MACHINES[arch].warps, 3),
+        instructions=_mix(code.instructions, classes),
         loop=_mix(loop, classes),
         loop_spills=sum(_class_of(i.opcode, classes) == "local" for body in loops for i in body),
         tensor_use_bound=tensor_use_bound([i.opcode for i in loop], arch),
@@ -167,18 +201,32 @@ def _run(tool: str, *args: str) -> str:
     return done.stdout
 
 
-def _read_cubin(cubin: bytes, name: str):
-    """(registers, bytes of stack and local memory, instructions, labels) of one function."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
-        text = _run("nvdisasm", "-c", str(path))
-    row = re.search(rf"Function {re.escape(name)}:\s*\n(.*)", usage)
-    assert row, f"no resource usage of {name} in:\n{usage}"
-    used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", row[1])}
-    code, labels = _parse_sass(text, name)
-    return used["REG"], used["STACK"] + used["LOCAL"], code, labels
+def _plain_name(mangled: str) -> str:
+    """The name of a C++ kernel with its template arguments, without namespaces and parameters."""
+    name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+    name = re.sub(r"\(anonymous namespace\)::|\bencfast::|^void ", "", name.strip())
+    return name.partition("(")[0]
+
+
+class _Cubin:
+    """Machine code of NVIDIA; `usage` is by function: registers, bytes of stack, shared memory."""
+
+    def __init__(self, cubin: bytes):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(cubin)
+            usage = _run("cuobjdump", "--dump-resource-usage", str(path))
+            self.text = _run("nvdisasm", "-c", str(path))
+        rows = re.findall(r"Function (\S+):\s*\n(.*)", usage)
+        assert rows, f"no resource usage in:\n{usage}"
+        self.usage = {
+            name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", row)}
+            for name, row in rows
+        }
+
+    def code(self, name: str) -> Code:
+        used = self.usage[name]
+        return Code(used["REG"], used["STACK"] + used["LOCAL"], *_parse_sass(self.text, name))
 
 
 def _parse_sass(text: str, name: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -204,8 +252,8 @@ def _parse_sass(text: str, name: str) -> tuple[list[Instruction], dict[str, int]
     return code, labels
 
 
-def _read_amd(text: str):
-    """As `_read_cubin`, from AMD's assembly; registers are VGPRs, accumulation VGPRs included."""
+def _read_amd(text: str) -> Code:
+    """From AMD's assembly; registers are VGPRs, accumulation VGPRs included."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -217,7 +265,7 @@ def _read_amd(text: str):
     assert code, "no instructions"
     used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
     # Spills of scalar registers go to lanes of a vector register and cost no memory.
-    return used["vgpr_count"], used["private_segment_fixed_size"], code, labels
+    return Code(used["vgpr_count"], used["private_segment_fixed_size"], code, labels)
 
 
 def _nvidia_warps(registers: int) -> int:

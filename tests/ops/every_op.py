@@ -1,0 +1,112 @@
+"""Every op once against its reference, forward and backward, where only encfast is installed.
+
+    python tests/ops/every_op.py
+
+ends with what encfast.info says, as JSON. The tests of wheels run it in environments of their own;
+it has no pytest at hand and takes encfast from where it is installed.
+"""
+
+import json
+import os
+
+os.environ["ENCFAST_REQUIRE_NATIVE"] = "1"  # the reference may not stand in for a kernel
+
+import torch
+from row_cases import BF16, FP32, assert_same
+
+from encfast import info, ops, ref
+from encfast.testing import assert_close_to_reference
+
+DONE = {}
+
+
+def check(stem, f, reference, inputs, out_shape):
+    """Results and the gradients of all `inputs` in fp32, by the tolerance rule."""
+    assert ops.backends(stem)["cpu"] == "native", ops.backends(stem)
+    assert_same(f, reference, reference, inputs, [torch.randn(out_shape)])
+    DONE[stem] = "forward and backward"
+
+
+def check_varlen_attn():
+    cu_seqlens = torch.tensor([0, 17, 17, 60], dtype=torch.int32)
+    inputs = {name: torch.randn(60, 3, 32) for name in "qkv"}
+    check(
+        "varlen_attn",
+        lambda q, k, v: ops.varlen_attn(q, k, v, cu_seqlens, max_seqlen_q=43),
+        lambda q, k, v: ref.varlen_attn(q, k, v, cu_seqlens)[0],
+        inputs,
+        (60, 3, 32),
+    )
+
+
+def check_pad():
+    gather, scatter = torch.randperm(30)[:20], torch.randint(0, 12, (30,))
+    x = {"x": torch.randn(30, 9)}
+    check(
+        "pad",
+        lambda x: ops.gather_rows(x, gather),
+        lambda x: ref.gather_rows(x, gather),
+        x,
+        (20, 9),
+    )
+    check(
+        "pad",
+        lambda x: ops.scatter_rows(x, scatter, 12),
+        lambda x: ref.scatter_rows(x, scatter, 12),
+        x,
+        (12, 9),
+    )
+    mask = torch.rand(5, 11) < 0.6
+    for found, expected in zip(ops.find_rows(mask), ref.find_rows(mask), strict=True):
+        assert torch.equal(found, expected)
+
+
+def check_rotary():
+    angles, positions = torch.randn(40, 16), torch.randint(0, 40, (25,))
+    cos, sin = angles.cos(), angles.sin()
+    check(
+        "rotary",
+        lambda x: ops.rotary(x, cos, sin, positions),
+        lambda x: ref.rotary(x, cos.to(x.dtype), sin.to(x.dtype), positions),
+        {"x": torch.randn(25, 3, 32)},
+        (25, 3, 32),
+    )
+
+
+def check_add_norm():
+    inputs = {"x": torch.randn(33, 70), "residual": torch.randn(33, 70)}
+    inputs |= {"weight": torch.rand(70) + 0.5, "bias": torch.randn(70)}
+    check("add_norm", ops.add_norm, lambda **a: ref.add_norm(**a)[0], inputs, (33, 70))
+
+
+def check_glu():
+    inputs = {"x": torch.randn(33, 140), "bias": torch.randn(140)}
+    check("glu", ops.glu, ref.glu, inputs, (33, 70))
+
+
+def check_packed_linear():
+    """Inference only: it has no backward."""
+    assert ops.backends("packed_linear")["cpu"] == "native"
+    x, weight, bias = torch.randn(37, 96), torch.randn(140, 96) / 10, torch.randn(140)
+    for format in ("fp32", "bf16", "int8"):
+        packed, ref_packed = ops.pack_linear(weight, format=format), ref.pack_linear(weight, format)
+        operand = x.to(BF16 if format == "bf16" else FP32)
+        options = {"format": format, "bias": bias, "activation": "gelu"}
+        assert_close_to_reference(
+            format,
+            ops.packed_linear(operand, packed, 140, **options),
+            ref.packed_linear(operand.double(), ref_packed, 140, **options),
+            ref.packed_linear(operand, ref_packed, 140, **options),
+        )
+    DONE["packed_linear"] = "forward in fp32, bf16 and int8"
+
+
+def main():
+    torch.manual_seed(0)
+    for stem in ops.OPS:
+        globals()[f"check_{stem}"]()
+    print(json.dumps({"done": DONE, "file": info.__file__, **info.collect()}))
+
+
+if __name__ == "__main__":
+    main()
