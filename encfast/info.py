@@ -83,7 +83,7 @@ def cuda() -> dict[str, Any]:
 
 def why_no_device() -> str | None:
     """Why PyTorch sees no GPU, in its own words where it has some; None when it sees one."""
-    if torch.version.cuda is None:
+    if not torch.backends.cuda.is_built():  # true of PyTorch for ROCm too
         return "this PyTorch has no CUDA"
     if torch.cuda.is_available():
         return None

@@ -22,6 +22,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--update-static", action="store_true", help="write perf/static instead of comparing"
     )
+    parser.addoption(
+        "--on-gpu", action="store_true", help="tests/ops: a GPU serves every op it has kernels for"
+    )
 
 
 @pytest.fixture(autouse=True)

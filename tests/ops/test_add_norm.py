@@ -347,6 +347,7 @@ def test_fuzz_matches_reference(lead, channels, parts, dtypes, kind, layout):
     compare(inputs, kind, eps_factor=4.0, allow_degenerate=True)
 
 
+@pytest.mark.host
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
@@ -393,6 +394,7 @@ def test_errors_name_argument_and_value(message):
         call()
 
 
+@pytest.mark.host
 @pytest.mark.quick
 def test_direct_calls_never_read_out_of_bounds():
     """What Python checks, the kernels check again: compiled graphs skip the Python check."""

@@ -338,6 +338,7 @@ def test_errors_name_argument_and_value(message):
         call()
 
 
+@pytest.mark.host
 @pytest.mark.quick
 @pytest.mark.parametrize("value", [-2, 4, 2**40, -(2**62)])
 def test_direct_calls_never_read_out_of_bounds(value):

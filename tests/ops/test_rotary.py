@@ -360,6 +360,7 @@ def test_errors_name_argument_and_value(message):
         call()
 
 
+@pytest.mark.host
 @pytest.mark.quick
 @pytest.mark.parametrize("value", [-1, 6, 2**40, -(2**62)])
 def test_direct_calls_never_read_out_of_bounds(value):
@@ -372,6 +373,7 @@ def test_direct_calls_never_read_out_of_bounds(value):
             torch.ops.encfast.rotary(X, X, cos, sin, None, False, False)
 
 
+@pytest.mark.host
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):

@@ -239,6 +239,7 @@ DEFAULTS = {
 }
 
 
+@pytest.mark.host
 @pytest.mark.quick
 @pytest.mark.parametrize(("bad", "message"), DIRECT, ids=lambda x: x if isinstance(x, str) else "")
 def test_direct_calls_are_checked_by_the_kernel(bad, message):
@@ -262,6 +263,7 @@ BWD = [
 ]
 
 
+@pytest.mark.host
 @pytest.mark.quick
 @pytest.mark.parametrize(("bad", "message"), BWD, ids=lambda x: x if isinstance(x, str) else "")
 def test_direct_calls_of_the_backward_are_checked_by_the_kernel(bad, message):

@@ -84,6 +84,7 @@ INT32 = st.one_of(
 )
 
 
+@pytest.mark.host
 @settings(FUZZ, max_examples=400)
 @given(
     ends=st.lists(INT32, max_size=6),
@@ -115,6 +116,7 @@ def test_corrupted_lengths_are_refused(ends, max_seqlen, rows):
                 call()
 
 
+@pytest.mark.host
 @settings(FUZZ, max_examples=200)
 @given(
     offsets=st.one_of(
@@ -208,6 +210,7 @@ def test_a_nan_stays_in_its_sequence(case, at):
     assert torch.isfinite(out[clean]).all()
 
 
+@pytest.mark.host
 @settings(FUZZ, max_examples=200)
 @given(
     rows=st.integers(0, 9),

@@ -20,6 +20,7 @@ def other_isas():
     return [isa for isa in isas if isa != torch.ops.encfast.cpu_isa()]
 
 
+@pytest.mark.host
 @needs_native
 @pytest.mark.parametrize("isa", other_isas())
 def test_every_isa_of_this_machine_matches_the_reference(isa):
@@ -57,6 +58,7 @@ assert used[-2] > 0.25 * sum(used), f"CPU seconds per thread: {used}"
 """
 
 
+@pytest.mark.host
 @needs_native
 def test_two_threads_serve():
     """An extension without OpenMP runs on one thread and says nothing; CPU time per thread does."""
@@ -84,6 +86,7 @@ print(peak_kib() - before)
 """
 
 
+@pytest.mark.host
 @needs_native
 def test_peak_memory_is_linear_in_the_length():
     """One sequence of 32,768 tokens, forward and backward; its score matrix would take 4 GiB."""
@@ -115,6 +118,7 @@ def test_rows_more_than_two_gibi_elements_apart():
         assert torch.equal(far, near)
 
 
+@pytest.mark.host
 @pytest.mark.quick
 def test_a_fused_projection_is_read_in_place():
     """Views of [N, 3, H, D] go to the kernel as they are, strides and all."""
