@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import encfast
@@ -118,29 +119,34 @@ def rendered(text: str) -> str:
         "ops": op_table(),
         "models": model_table(),
     }
+    return filled(text, parts, "docs/tables.py")
+
+
+def filled(text: str, parts: dict[str, str], source: str) -> str:
+    """`text` with each part between its markers, which name the script that `source` is."""
     for name, part in parts.items():
-        begin, end = f"<!-- {name}:begin (docs/tables.py) -->", f"<!-- {name}:end -->"
+        begin, end = f"<!-- {name}:begin ({source}) -->", f"<!-- {name}:end -->"
         if begin not in text or end not in text:
-            raise SystemExit(f"README.md lacks the markers {begin} ... {end}")
+            raise SystemExit(f"the page lacks the markers {begin} ... {end}")
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{part}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is stale")
+def run(page: Path, rendered: Callable[[str], str], source: str) -> int:
+    """Rewrites a page, or with --check says whether it is stale; returns the exit code."""
+    parser = argparse.ArgumentParser(description=f"Writes the generated parts of {page.name}.")
+    parser.add_argument("--check", action="store_true", help=f"only say whether {page} is stale")
     check = parser.parse_args().check
-    now = README.read_text()
+    now = page.read_text()
     fresh = rendered(now)
     if check:
         if fresh != now:
-            print("README.md is stale; run: python docs/tables.py")
+            print(f"{page.name} is stale; run: python {source}")
         return int(fresh != now)
-    README.write_text(fresh)
+    page.write_text(fresh)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(README, rendered, "docs/tables.py"))

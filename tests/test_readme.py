@@ -1,4 +1,4 @@
-"""README.md tells the truth: its generated parts are current and its first example runs."""
+"""README.md and docs/gpu.md tell the truth: generated parts are current, the example runs."""
 
 import importlib.util
 import re
@@ -11,23 +11,30 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.quick
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "docs" / "tables.py")
+PAGES = {"README.md": "docs/tables.py", "docs/gpu.md": "docs/gpu.py"}
+
+
+def generator(source):
+    spec = importlib.util.spec_from_file_location(f"pages_of_{Path(source).stem}", ROOT / source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_generated_parts_are_current():
-    text = (ROOT / "README.md").read_text()
-    assert generator().rendered(text) == text, "run: python docs/tables.py"
+@pytest.mark.parametrize("page", PAGES)
+def test_generated_parts_are_current(page):
+    text = (ROOT / page).read_text()
+    assert generator(PAGES[page]).rendered(text) == text, f"run: python {PAGES[page]}"
 
 
-def test_a_stale_table_is_noticed():
-    text = (ROOT / "README.md").read_text()
-    stale = text.replace("`mosaicbert` |", "`mosaicbort` |")
+@pytest.mark.parametrize(
+    ("page", "word"), [("README.md", "`mosaicbert` |"), ("docs/gpu.md", "| 0 B |")]
+)
+def test_a_stale_table_is_noticed(page, word):
+    text = (ROOT / page).read_text()
+    stale = text.replace(word, "| wrong |", 1)
     assert stale != text
-    assert generator().rendered(stale) == text
+    assert generator(PAGES[page]).rendered(stale) == text
 
 
 def test_the_first_example_runs():
