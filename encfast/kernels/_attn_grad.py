@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _config
+from . import _tune
 from ._attn_tile import (
     BIASED,
     LOG2E,
@@ -43,7 +43,6 @@ from ._attn_tile import (
     scores,
     store_rows,
     visited,
-    weight,
 )
 
 # As in the forward: BLOCK_M, BLOCK_N, warps, stages. At 128 channels a program's own rows do not
@@ -392,10 +391,8 @@ def input_grads(saved: Saved, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     q, k = saved.q.data, saved.k.data
     (N, H, D), (Nk, Hk, _), B = q.shape, k.shape, saved.cu_seqlens_q.shape[0] - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-    if N:
-        block_d, (block_m, block_n, warps, stages) = _config.for_head(
-            _DQ_TILES, q.dtype, D, weight(rule)
-        )
+
+    def run_dq(block_d, block_m, block_n, warps, stages):
         varlen_attn_dq_kernel[(N // block_m + B, H)](
             saved,
             heads_of(dq),
@@ -410,10 +407,8 @@ def input_grads(saved: Saved, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
             num_warps=warps,
             num_stages=stages,
         )
-    if Nk:
-        block_d, (block_m, block_n, warps, stages) = _config.for_head(
-            _DKV_TILES, q.dtype, D, weight(rule)
-        )
+
+    def run_dkv(block_d, block_m, block_n, warps, stages):
         varlen_attn_dkv_kernel[(Nk // block_n + B, Hk)](
             saved,
             heads_of(dk),
@@ -429,4 +424,9 @@ def input_grads(saved: Saved, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
             num_warps=warps,
             num_stages=stages,
         )
+
+    if N:
+        _tune.launch("varlen_attn_dq_kernel", _DQ_TILES, q.dtype, D, rule, run_dq)
+    if Nk:
+        _tune.launch("varlen_attn_dkv_kernel", _DKV_TILES, q.dtype, D, rule, run_dkv)
     return dq, dk, dv

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attn_bias_grad, _attn_grad, _config
+from . import _attn_bias_grad, _attn_grad, _tune
 from ._attn_tile import (
     BIASED,
     LOG2E,
@@ -47,7 +47,6 @@ from ._attn_tile import (
     scores,
     store_rows,
     visited,
-    weight,
 )
 
 # By bytes of an element, weight of the rule and BLOCK_D: BLOCK_M, BLOCK_N, warps, stages.
@@ -193,25 +192,28 @@ def varlen_attn(
         D, scale, causal, window, alibi_slopes, rel_bias, bias, bias_offsets, softcap,
         dropout_p, rng,
     )  # fmt: skip
-    block_d, (block_m, block_n, warps, stages) = _config.for_head(_TILES, q.dtype, D, weight(rule))
-    varlen_attn_kernel[(N // block_m + B, H)](
-        heads_of(q),
-        heads_of(k),
-        heads_of(v),
-        heads_of(out),
-        lse,
-        *_both_lengths(cu_seqlens_q, cu_seqlens_k),
-        rule,
-        B,
-        N,
-        H // k.shape[1],
-        D=D,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=warps,
-        num_stages=stages,
-    )
+
+    def run(block_d, block_m, block_n, warps, stages):
+        varlen_attn_kernel[(N // block_m + B, H)](
+            heads_of(q),
+            heads_of(k),
+            heads_of(v),
+            heads_of(out),
+            lse,
+            *_both_lengths(cu_seqlens_q, cu_seqlens_k),
+            rule,
+            B,
+            N,
+            H // k.shape[1],
+            D=D,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    _tune.launch("varlen_attn_kernel", _TILES, q.dtype, D, rule, run)
     return out, lse
 
 
