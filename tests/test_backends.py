@@ -95,6 +95,12 @@ def test_an_op_without_kernels_says_so(torch_with_cuda):
     assert _backends.why_reference("glu", "mps") == "encfast has no mps kernel of it"
 
 
+def test_a_library_from_before_an_op_is_named():
+    """It used to be put down to the missing CUDA, which brings no kernel to a CPU."""
+    why = _backends.why_reference("find_rows", "cpu")
+    assert why.startswith("the compiled library is older than this op; `pip install")
+
+
 def test_cuda_kernels_are_not_promised_to_amd(torch_with_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert _backends.why_reference("gather_rows", "cuda") == (

@@ -79,6 +79,10 @@ def why_reference(op: str, device_type: str) -> str:
             "the compiled library is not loaded (encfast._load.error says why); "
             f"`{command}` compiles it"
         )
+    if device_type == "cpu":
+        return (
+            f"the compiled library is older than this op; `{_load.rebuild_command()}` compiles it"
+        )
     return f"no CUDA in this build ({_load.record['cuda_why_not']}); `{_cuda_command()}` brings it"
 
 
