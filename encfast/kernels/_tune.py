@@ -7,6 +7,7 @@ result may differ between processes. While a CUDA graph is captured nothing is t
 serves.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ def _measured(default: Tile, tiles: list[Tile], block_d: int, run: Callable[...,
     seconds = {}
     for tile in tiles:
         try:
-            seconds[tile] = _seconds(lambda tile=tile: run(block_d, *tile))
+            seconds[tile] = _seconds(functools.partial(run, block_d, *tile))
         except (OutOfResources, PTXASError):
             continue  # of another GPU's table
     return min(seconds, key=seconds.__getitem__, default=default)
