@@ -163,10 +163,15 @@ def head_at(x, first_row, i_h):
 
 
 @triton.jit
+def row_at(p_first, stride_n, row):
+    return p_first + row * tl.cast(stride_n, tl.int64)
+
+
+@triton.jit
 def tile_at(p_head, stride_n, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to the rows start .. start + BLOCK - 1 of a head: a 64-bit base, 32-bit offsets."""
     o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    return p_head + tl.cast(start, tl.int64) * stride_n + (o_n[:, None] * stride_n + o_d[None, :])
+    return row_at(p_head, stride_n, start) + (o_n[:, None] * stride_n + o_d[None, :])
 
 
 @triton.jit

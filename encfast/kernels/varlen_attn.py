@@ -44,6 +44,7 @@ from ._attn_tile import (
     load_rows,
     make_rule,
     multiplier,
+    row_at,
     scores,
     store_rows,
     visited,
@@ -101,9 +102,9 @@ def _visit(
     BLOCK_D: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """One block of keys; p_k and p_v point at the sequence's first."""
+    """One block of keys; p_k and p_v point at its first, which is `start` in the sequence."""
     o_k = start + tl.arange(0, BLOCK_N)
-    b_k = load_rows(p_k, stride_k, start, n_k, D, BLOCK_N, BLOCK_D, EDGE)
+    b_k = load_rows(p_k, stride_k, 0, n_k - start, D, BLOCK_N, BLOCK_D, EDGE)
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     b_s, _ = scores(b_qk, rule, i_b, i_h, first_q, o_q[:, None], n_q, o_k[None, :], n_k, EDGE)
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
@@ -118,7 +119,7 @@ def _visit(
     b_l = b_l * b_shrink + tl.sum(b_p, 1)
     if rule.rng is not None:
         b_p = tl.where(kept(rule, i_b, i_h, o_q, start, BLOCK_N), b_p, 0.0)
-    b_v = load_rows(p_v, stride_v, start, n_k, D, BLOCK_N, BLOCK_D, EDGE)
+    b_v = load_rows(p_v, stride_v, 0, n_k - start, D, BLOCK_N, BLOCK_D, EDGE)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
     return b_acc, b_m_new, b_l
 
@@ -158,15 +159,20 @@ def varlen_attn_kernel(
     position = start_q + n_k - n_q
     last = tl.minimum(start_q + BLOCK_M, n_q) - 1 + n_k - n_q
     lo, full_lo, full_hi, hi = visited(position, last, rule.left, rule.right, n_k, BLOCK_N)
+    # Pointers that move instead of `start` times a stride: so the loop is counted in 32 bits.
+    p_full_k, p_full_v = row_at(p_k, k.stride_n, full_lo), row_at(p_v, v.stride_n, full_lo)
     for start in range(full_lo, full_hi, BLOCK_N):
         b_acc, b_m, b_l = _visit(
-            b_acc, b_m, b_l, b_q, p_k, p_v, start, rule, i_b, i_h, first_q, o_q, n_q, n_k,
+            b_acc, b_m, b_l, b_q, p_full_k, p_full_v, start, rule, i_b, i_h, first_q, o_q, n_q, n_k,
             k.stride_n, v.stride_n, D, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
+        p_full_k = row_at(p_full_k, k.stride_n, BLOCK_N)
+        p_full_v = row_at(p_full_v, v.stride_n, BLOCK_N)
     for i_edge in range(count_edges(lo, full_lo, full_hi, hi, BLOCK_N)):
         start = edge_start(i_edge, lo, full_lo, full_hi, BLOCK_N)
         b_acc, b_m, b_l = _visit(
-            b_acc, b_m, b_l, b_q, p_k, p_v, start, rule, i_b, i_h, first_q, o_q, n_q, n_k,
+            b_acc, b_m, b_l, b_q, row_at(p_k, k.stride_n, start), row_at(p_v, v.stride_n, start),
+            start, rule, i_b, i_h, first_q, o_q, n_q, n_k,
             k.stride_n, v.stride_n, D, BLOCK_N, BLOCK_D, True,
         )  # fmt: skip
 
