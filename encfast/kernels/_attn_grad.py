@@ -84,6 +84,7 @@ _DQ_TILES = {
 }
 _DKV_TILES = {
     "sm_80": _DKV_AMPERE,
+    "sm_86": _DKV_AMPERE | {(2, BIASED): {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}},
     "sm_90": _DKV_HOPPER,
     "sm_100": {
         (2, POSITIONAL): {64: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
