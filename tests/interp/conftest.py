@@ -2,14 +2,15 @@
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 # The cases of tests/ops serve here too.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cpu_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
@@ -20,15 +21,10 @@ if INTERPRETED:
     bf16.install()
 
 
-def _serving(kernels, *ops):
-    """The dispatcher ops call the Triton launchers on CPU tensors, behind their checks and
-    autograd."""
-    library = torch.library.Library("encfast", "IMPL")
-    with warnings.catch_warnings(action="ignore"):  # that a kernel is overridden
-        for op in ops:
-            library.impl(op, getattr(kernels, op), "CPU", allow_override=True)
-    yield
-    library._destroy()
+def _serving(launchers, *ops):
+    """The dispatcher ops call the Triton launchers of their name."""
+    with cpu_kernels.replaced({op: getattr(launchers, op) for op in ops}):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The tests of an op share its cases; pytest's importlib mode leaves the path to us."""
 
+import contextlib
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,6 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _gpu_serves(request):
-    if not request.config.getoption("--on-gpu"):
+    asked = request.config.getoption("--on-gpu")
+    with on_gpu.gpu_serves() if asked else contextlib.nullcontext():
         yield
-        return
-    with warnings.catch_warnings(action="ignore"):  # that kernels are overridden
-        serving = on_gpu.gpu_serves()
-        serving.__enter__()
-    yield
-    serving.__exit__(None, None, None)
