@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from row_cases import ADD_NORM_PARTS as PARTS
 from row_cases import BF16, DTYPES, FP16, FP32, LAYOUTS, assert_same, name, rows
 from sanitizer import sanitized
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,15 +15,6 @@ from encfast.ref.add_norm import add_norm_bwd as ref_bwd
 from encfast.testing import assert_close_to_reference
 
 KINDS = ("layernorm", "rmsnorm")
-PARTS = {  # which of the optional tensors are there
-    "x": (),
-    "weight": ("weight",),
-    "affine": ("weight", "bias"),
-    "residual": ("residual", "weight", "bias"),
-    "residual-plain": ("residual",),
-    "scaled": ("residual", "weight", "bias", "branch_scale"),
-    "scaled-alone": ("branch_scale", "bias"),
-}
 ORDER = ("x", "residual", "weight", "bias", "branch_scale")
 
 

@@ -7,6 +7,15 @@ from encfast.testing import assert_close_to_reference
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded", "permuted")
+ADD_NORM_PARTS = {  # which optional tensors of add_norm are there
+    "x": (),
+    "weight": ("weight",),
+    "affine": ("weight", "bias"),
+    "residual": ("residual", "weight", "bias"),
+    "residual-plain": ("residual",),
+    "scaled": ("residual", "weight", "bias", "branch_scale"),
+    "scaled-alone": ("branch_scale", "bias"),
+}
 
 
 def name(dtype):
@@ -39,15 +48,29 @@ def results(f, inputs, grads):
     }
 
 
-def assert_same(f, reference, plain, inputs, grads, **options):
-    """Outputs and gradients of f by the tolerance rule against the float64 reference."""
+def assert_same(f, reference, plain, inputs, grads, terms=None, eps_factor=1.0, **options):
+    """Outputs and gradients of f by the tolerance rule against the float64 reference.
+
+    terms: largest term of the sum that a gradient is, where all may cancel but a rounding of them:
+    eps is then granted at the scale of the terms, not of what is left.
+    """
     wide = {k: None if v is None else v.double() for k, v in inputs.items()}
     ours = results(f, inputs, grads)
     exact = results(reference, wide, [g.double() for g in grads])
     low = results(plain, inputs, grads)
     for key, value in ours.items():
         factor = 2.0 if key.startswith("out") else 3.0
-        assert_close_to_reference(key, value, exact[key], low[key], factor, **options)
+        largest = max(exact[key].abs().flatten().tolist(), default=0.0)
+        above = max(1.0, (terms or {}).get(key, 0.0) / max(largest, 1e-300))
+        assert_close_to_reference(
+            key,
+            value,
+            exact[key],
+            low[key],
+            factor,
+            eps_factor=eps_factor * above,
+            **options,
+        )
 
 
 def for_thread_counts(f):
