@@ -255,11 +255,15 @@ def _runtime_variant(library: str, dtype: torch.dtype, weights: str) -> Variant:
 
 _PADDED = (
     _variant("transformers fp32 padded", FP32, _transformers_padded),
-    _variant("transformers bf16 padded", BF16, _transformers_padded),
+    _variant("transformers bf16 padded", BF16, _transformers_padded, torch_products=True),
 )
 _FP32 = (_variant("transformers fp32 length-sorted", FP32, _transformers_sorted),)
-_BF16 = (_variant("transformers bf16 length-sorted", BF16, _transformers_sorted),)
-_COMPILED = (_variant("torch.compile bf16 length-sorted", BF16, _compiled_sorted),)
+_BF16 = (
+    _variant("transformers bf16 length-sorted", BF16, _transformers_sorted, torch_products=True),
+)
+_COMPILED = (
+    _variant("torch.compile bf16 length-sorted", BF16, _compiled_sorted, torch_products=True),
+)
 _DEFAULT = (
     Variant(
         "sentence-transformers default",
@@ -280,7 +284,7 @@ _RUNTIMES_LOW = (
 )
 _PACKED = (
     _variant("encfast fp32 packed", FP32, _encfast_packed, ours=True),
-    _variant("encfast bf16 packed", BF16, _encfast_packed, ours=True),
+    _variant("encfast bf16 packed", BF16, _encfast_packed, ours=True, torch_products=True),
 )
 _ENGINE = tuple(
     _variant(f"encfast engine {short}", dtype, _encfast_engine, ours=True)

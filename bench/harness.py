@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from machine import multiplies
 from timing import (
     Stats,
     cpu_seconds,
@@ -98,6 +99,7 @@ class Variant:
     make: Callable[[Any], Call]  # from the inputs of the bench
     ours: bool = False
     needs: tuple[str, ...] = ()  # modules without which this variant alone is left out
+    torch_products: bool = False  # whether its matrix products are PyTorch's, in `dtype`
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Row:
     ours: bool
     note: str
     gate: Gate | None  # None: not installed
-    missing: str = ""  # what is not installed, and how to get it
+    missing: str = ""  # why it was left out, and what brings it
     peak_bytes: int | None = None
     one: Stats | None = None  # one thread by the CPU clock; on a GPU the only measurement
     many: Stats | None = None  # several threads by the wall clock
@@ -206,7 +208,7 @@ def run_spec(
         tell("inputs")
         inputs = spec.inputs()
         for variant in spec.variants:
-            if absent(variant.needs):
+            if why_left_out(variant, setting):
                 continue
             tell(f"verifying {variant.name}")
             calls[variant.name], gates[variant.name] = verified(spec, variant, inputs)
@@ -215,7 +217,7 @@ def run_spec(
     rows = tuple(
         _row(spec, inputs, v, calls[v.name].note, gates[v.name], times, roofs)
         if v.name in calls
-        else _missing_row(v)
+        else _missing_row(v, setting)
         for v in spec.variants
     )
     quantities = {"tokens": spec.tokens, "flops": spec.flops, "bytes": spec.bytes}
@@ -234,10 +236,22 @@ def verified(spec: BenchSpec, variant: Variant, inputs: Any) -> tuple[Call, Gate
         return Call(lambda: None), Gate(False, said)
 
 
-def _missing_row(variant: Variant) -> Row:
-    names = absent(variant.needs)
-    cures = dict.fromkeys(PACKAGES[name] for name in names)
-    said = f"{', '.join(names)} not installed: {'; '.join(cures)}"
+def why_left_out(variant: Variant, setting: Setting) -> str:
+    """What a variant lacks here, and what brings it; "" for one that can be run."""
+    if names := absent(variant.needs):
+        cures = dict.fromkeys(PACKAGES[name] for name in names)
+        return f"{', '.join(names)} not installed: {'; '.join(cures)}"
+    slow = variant.torch_products and not multiplies(variant.dtype, setting.device)
+    if slow and setting.suite == "quick":
+        return (
+            f"PyTorch has but plain loops for products in {short_name(variant.dtype)} on this CPU, "
+            "of minutes; --suite full times them"
+        )
+    return ""
+
+
+def _missing_row(variant: Variant, setting: Setting) -> Row:
+    said = why_left_out(variant, setting)
     return Row(variant.name, short_name(variant.dtype), variant.ours, "", None, said)
 
 

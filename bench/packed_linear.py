@@ -119,7 +119,7 @@ def _spec(format: str, shape: tuple[int, int, int], epilogue: str, setting: Sett
         title=f"packed_linear {format}, N={n}, C={c}, F={f}, {epilogue}",
         inputs=lambda: _inputs(n, c, f, dtype),
         variants=(
-            Variant(peer, dtype, make_peer(epilogue)),
+            Variant(peer, dtype, make_peer(epilogue), torch_products=format != "int8"),
             Variant("encfast", dtype, _encfast(format, epilogue), ours=True),
         ),
         verify=_verify(epilogue, format),

@@ -137,7 +137,7 @@ def _cells(row: Row, with_many: bool) -> list[str]:
     if row.one is None or row.rate is None or row.gate is None:
         dashes = ["-"] * (7 if with_many else 6)
         failed = f"[red]FAILED: {escape(row.gate.text)}[/]" if row.gate else ""
-        said = failed or "[yellow]not installed[/]"
+        said = failed or "[yellow]left out[/]"
         return [name, *dashes, said]
     cells = [
         name,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import cpu_flags, multiplies
 from timing import cpu_seconds, cuda_seconds, interleave, threads
 
 GEMM_SIZE = 2048
@@ -36,7 +36,8 @@ LOOPS = {
 def measure(device: str) -> dict[str, float]:
     """GF/s (int8: Gop/s) of a GEMM by dtype, GB/s of a copy, GF/s of multiply-adds as "DTYPE peak".
 
-    What cannot be measured is left out: int8 on CPUs without VNNI, peaks without a compiler.
+    What cannot be measured is left out: a GEMM that PyTorch has only a plain loop for, of many
+    seconds (int8, bfloat16), peaks without a compiler.
     """
     calls, work = {}, {}
     for name, (call, amount) in {**_gemms(device), **_copy(device), **_peaks(device)}.items():
@@ -55,11 +56,10 @@ def _gemms(device: str) -> Measured:
     work = 2.0 * GEMM_SIZE**3
     found: Measured = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
-        found[name] = functools.partial(torch.mm, x, x), work
-    # Without instructions for it PyTorch's int8 product is a plain loop of many seconds.
-    fast = device != "cpu" or any(flag in _cpu_flags() for _, flag in LOOPS["int8"])
-    if fast and hasattr(torch, "_int_mm"):
+        if multiplies(dtype, device):
+            x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+            found[name] = functools.partial(torch.mm, x, x), work
+    if multiplies(torch.int8, device) and hasattr(torch, "_int_mm"):
         x = torch.randint(-8, 8, (GEMM_SIZE, GEMM_SIZE), dtype=torch.int8, device=device)
         found["int8"] = functools.partial(torch._int_mm, x, x), work
     return found
@@ -75,10 +75,9 @@ def _peaks(device: str) -> Measured:
     library = _library() if device == "cpu" else None
     if library is None:
         return {}
-    flags = _cpu_flags()
     found: Measured = {}
     for dtype, loops in LOOPS.items():
-        loop = next((name for name, flag in loops if flag in flags), None)
+        loop = next((name for name, flag in loops if flag in cpu_flags()), None)
         if loop:
             found[f"{dtype} peak"] = _bound_loop(library, loop)
     return found
@@ -93,14 +92,6 @@ def _bound_loop(library: ctypes.CDLL, name: str) -> tuple[Callable[[], Any], flo
     rounds = int(rounds * SECONDS_A_LOOP / seconds)
     operations = ctypes.c_long.in_dll(library, f"{name}_ops").value
     return functools.partial(run, rounds), float(operations * rounds)
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        found = re.search(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        return set()
-    return set(found[1].split()) if found else set()
 
 
 def _library() -> ctypes.CDLL | None:

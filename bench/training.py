@@ -171,7 +171,7 @@ def _spec(
         f"encfast {short} packed": _packed,
     }
     variants = tuple(
-        Variant(n, dtype, functools.partial(m, dtype=dtype), ours=m is _packed)
+        Variant(n, dtype, functools.partial(m, dtype=dtype), ours=m is _packed, torch_products=True)
         for n, m in makers.items()
     )
     ours = variants[-1].name

@@ -127,7 +127,12 @@ def _spec(
     phase = "fwd+bwd" if backward else "fwd"
     ours = Variant(f"encfast {short}", dtype, functools.partial(_packed, dtype=dtype), ours=True)
     theirs = [
-        Variant(f"SDPA {short} {peer}", dtype, functools.partial(PEERS[peer], dtype=dtype))
+        Variant(
+            f"SDPA {short} {peer}",
+            dtype,
+            functools.partial(PEERS[peer], dtype=dtype),
+            torch_products=True,
+        )
         for peer in peers
     ]
     if setting.device == "cuda":

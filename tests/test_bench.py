@@ -17,6 +17,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # its files import one another by their bare names
 
 import harness  # noqa: E402
+import machine  # noqa: E402
 import roof  # noqa: E402
 import run  # noqa: E402
 import shapes  # noqa: E402
@@ -24,6 +25,7 @@ import targets  # noqa: E402
 import timing  # noqa: E402
 
 pytestmark = pytest.mark.quick
+BF16 = torch.bfloat16
 TINY = harness.Setting(suite="tiny", threads=1)
 ROOFS = {"fp32": 100.0, "bf16": 200.0, "int8": 200.0, "copy": 10.0, "fp32 peak": 150.0}
 SUITES = ("tiny", "quick", "full")
@@ -154,6 +156,21 @@ def test_encoders_without_the_optional_runtimes(monkeypatch):
     missing = {row.variant.split()[0] for row in rows if row.missing}
     assert missing == {"ctranslate2", "onnxruntime", "openvino"}
     assert all(row.one for row in rows if not row.missing)
+
+
+def test_products_that_pytorch_emulates_are_left_to_the_full_suite(monkeypatch):
+    """On a CPU without bfloat16 the quick suite took many times its five minutes."""
+    monkeypatch.setattr(harness, "multiplies", lambda dtype, device: dtype != BF16)
+    specs = {s.name: s for s in run.collect(harness.Setting("quick"), "training/docstrings")}
+    for short, left_out in (("bf16", True), ("fp32", False)):
+        for variant in specs[f"training/docstrings-{short}"].variants:
+            assert bool(harness.why_left_out(variant, harness.Setting("quick"))) == left_out
+            assert not harness.why_left_out(variant, harness.Setting("full"))
+    spec = tiny_spec()
+    slow = (dataclasses.replace(v, dtype=BF16, torch_products=True) for v in spec.variants)
+    spec = dataclasses.replace(spec, variants=tuple(slow))
+    rows = harness.run_spec(spec, harness.Setting("quick"), ROOFS).rows
+    assert all("--suite full" in row.missing and row.one is None for row in rows)
 
 
 def test_a_peer_that_raises_is_a_red_gate():
@@ -316,10 +333,9 @@ def test_peaks_are_above_what_a_gemm_reaches(monkeypatch):
     if roof._library() is None:
         pytest.skip("no C compiler, or no x86")
     library = roof._library()
-    flags = roof._cpu_flags()
     for loops in roof.LOOPS.values():
         for name, flag in loops:
-            if flag in flags:
+            if flag in machine.cpu_flags():
                 call, operations = roof._bound_loop(library, name)
                 rates = [operations / timing.cpu_seconds(call) for _ in range(3)]
                 assert 1e9 < max(rates) < 1e14 and max(rates) < 3 * min(rates)
