@@ -312,6 +312,16 @@ def test_scores_of_grids_converge_with_sigma(solve, line):
 
 
 @pytest.mark.quick
+def test_the_best_denoiser_holds_the_score_of_the_blurred_density(line):
+    """Exactly, for any sigma (Tweedie's formula): what remains of the DAE's error is the blur."""
+    inside = line.abs() < 2.0
+    for sigma in (0.3, 0.1):
+        found = (grid_dae(line, density(line), sigma) - line) / sigma**2
+        assert_parity(f"sigma {sigma}", found[inside], score(line, sigma)[inside], 1e-5)
+        assert (found - score(line))[inside].abs().max() > 0.1
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("solve", [grid_rcae, grid_dae])
 def test_reconstruction_error_is_no_energy(solve, line):
     """It vanishes at the minimum of p between two modes, far below its value on the slope."""

@@ -19,9 +19,10 @@ def density(x: Tensor) -> Tensor:
     return log_density(x).exp()
 
 
-def score(x: Tensor) -> Tensor:
-    """d log p / dx, any shape."""
-    return (MODE * torch.tanh(MODE * x / WIDTH**2) - x) / WIDTH**2
+def score(x: Tensor, blur: float = 0.0) -> Tensor:
+    """d log p / dx, any shape, of the density blurred by noise of that standard deviation."""
+    variance = WIDTH**2 + blur**2
+    return (MODE * torch.tanh(MODE * x / variance) - x) / variance
 
 
 def second_derivative(x: Tensor) -> Tensor:
