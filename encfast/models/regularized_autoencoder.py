@@ -154,12 +154,9 @@ class RegularizedAutoencoder(Model):
             _Transposed(b, **factory) if config.tied else nn.Linear(a, b, **factory)
             for a, b in pairwise(reversed(widths))
         )
-        scale = torch.empty((), **factory)
-        self.scale: Tensor
+        self.scale: Tensor | float = config.output_scale
         if config.learn_scale:
-            self.scale = nn.Parameter(scale)
-        else:
-            self.register_buffer("scale", scale)
+            self.scale = nn.Parameter(torch.empty((), **factory))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -170,7 +167,8 @@ class RegularizedAutoencoder(Model):
             if isinstance(layer, nn.Linear):
                 layer.weight.uniform_(-c.weight_range, c.weight_range)
             layer.bias.uniform_(-c.bias_range, c.bias_range)
-        self.scale.fill_(c.output_scale)
+        if isinstance(self.scale, Tensor):
+            self.scale.fill_(c.output_scale)
 
     def forward(self, tokens: PackedBatch) -> Tensor:
         """r of the batch's points ``[N, d]`` -> ``[N, d]``."""
@@ -203,8 +201,9 @@ class RegularizedAutoencoder(Model):
     def jacobian(self, x: Tensor) -> Tensor:
         """dr/dx of the whole reconstruction, ``[N, d]`` -> ``[N, d, d]`` (outputs, then inputs).
 
-        In closed form for one hidden layer, ``s diag(f'(a)) Wb diag(h') Wc^T``; it takes d^2 H
-        products once and a matmul. By ``torch.func.jacrev`` for more. Both differentiate.
+        In closed form for one hidden layer, ``s diag(f'(Wb h + b)) Wb diag(h') Wc^T``: a matmul
+        with a table of d^2 H products, too many for large d. By ``torch.func.jacrev``
+        for more layers. Both can be differentiated.
         """
         if len(self.encoder) > 1:
             return torch.func.vmap(torch.func.jacrev(self.reconstruct))(x)
