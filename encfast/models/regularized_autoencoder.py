@@ -202,8 +202,8 @@ class RegularizedAutoencoder(Model):
         """dr/dx of the whole reconstruction, ``[N, d]`` -> ``[N, d, d]`` (outputs, then inputs).
 
         In closed form for one hidden layer, ``s diag(f'(Wb h + b)) Wb diag(h') Wc^T``: a matmul
-        with a table of d^2 H products, too many for large d. By ``torch.func.jacrev``
-        for more layers. Both can be differentiated.
+        with a table of d^2 H products, too many for large d. By ``torch.func.jacrev`` for more
+        layers. Both can be differentiated.
         """
         if len(self.encoder) > 1:
             return torch.func.vmap(torch.func.jacrev(self.reconstruct))(x)
