@@ -30,7 +30,7 @@ class ModelInfo:
     paper: str  # arXiv id, DOI or venue
     tasks: tuple[str, ...]  # e.g. ("masked-lm", "classification")
     inputs: str  # what forward takes, with shapes
-    ops: tuple[str, ...]  # encfast ops on its hot path
+    ops: tuple[str, ...]  # encfast ops on its hot path, if any
     fidelity: str  # what it was checked against
     deviations: tuple[str, ...] = ()  # where it knowingly differs from the paper
 

@@ -1,7 +1,7 @@
 """Every registered tiny model: what trainers, checkpoints and compilers expect of it.
 
 A model file gets these tests by registering. They assume `example_batch(generator, lengths=...)`
-with `.tokens`, `model(batch.tokens)`, and `loss(batch).total`.
+with `.tokens` (a PackedBatch of ids, or of points), `model(batch.tokens)`, and `loss(batch).total`.
 """
 
 import copy
@@ -170,7 +170,7 @@ def test_describes_itself(name):
     description = encfast.describe(name)
     info = description.info
     assert description.parameters > 0
-    assert all((info.title, info.paper, info.tasks, info.inputs, info.ops, info.fidelity))
+    assert all((info.title, info.paper, info.tasks, info.inputs, info.fidelity))
     assert all(op in encfast.ops.OPS for op in info.ops)
 
 
@@ -178,8 +178,8 @@ def test_describes_itself(name):
 @tiny
 def test_offers_what_trainers_look_for(name):
     model = create(name, device="meta")
-    vocab = model.get_input_embeddings()
-    assert isinstance(vocab, torch.nn.Embedding)
+    if not example(create(name)).tokens.data.is_floating_point():  # ids
+        assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     classes = {type(m).__name__ for m in model.modules()}
     assert set(model._no_split_modules) <= classes
 
