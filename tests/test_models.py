@@ -178,8 +178,8 @@ def test_describes_itself(name):
 @tiny
 def test_offers_what_trainers_look_for(name):
     model = create(name, device="meta")
-    vocab = model.get_input_embeddings()
-    assert isinstance(vocab, torch.nn.Embedding)
+    if not example(create(name)).tokens.data.is_floating_point():
+        assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     classes = {type(m).__name__ for m in model.modules()}
     assert set(model._no_split_modules) <= classes
 

@@ -74,11 +74,8 @@ class GraphLayer(nn.Module):
         return self.graph.adjacency()
 
     def reset_parameters(self) -> None:
-        """Fills the matrix; children that hold parameters reset themselves."""
+        """Fills the matrix; children reset themselves."""
         self.matrix.copy_(self.mixing())
-        for child in self.modules():
-            if child is not self and hasattr(child, "reset_parameters"):
-                child.reset_parameters()
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError unless x is ``[..., V, C]`` of this layer's V and C."""
@@ -145,7 +142,7 @@ class GINLayer(GraphLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew; eps is 0."""
+        """Fills the matrix; eps is 0; children reset themselves."""
         super().reset_parameters()
         nn.init.zeros_(self.eps)
 
