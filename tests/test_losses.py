@@ -182,7 +182,7 @@ def test_scaled_cosine_error_is_finite_where_angles_are_not():
     x = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 3.0]])
     loss = losses.scaled_cosine_error(z, x, beta=1.5)
     loss.backward()
-    assert loss == pytest.approx(2 / 3) and z.grad.isfinite().all()
+    assert loss.item() == pytest.approx(2 / 3) and z.grad.isfinite().all()
     empty = torch.zeros(0, 2, requires_grad=True)
     nothing = losses.scaled_cosine_error(empty, empty.detach())
     nothing.backward()

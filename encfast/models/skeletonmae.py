@@ -230,10 +230,17 @@ class TemporalPool(nn.Module):
         line = ops.gather_rows(F.relu(moving), spread)  # [L, J, 3 D / 4], zeros between clips
         scales = line.permute(1, 2, 0).split(width, 1)  # of [J, D / 4, L]
         pooled = [conv(part) for conv, part in zip(self.convs, scales, strict=False)]
-        pooled.append(F.max_pool1d(scales[-1], 3, stride=1, padding=1))
+        pooled.append(_max_of_three(scales[-1]))
         line = torch.cat(pooled, 1).permute(2, 0, 1)  # [L, J, 3 D / 4]
         moving = self.norm(ops.gather_rows(line.contiguous(), back))
         return torch.cat((moving, still), -1)
+
+
+def _max_of_three(x: Tensor) -> Tensor:
+    """Maximum over a frame and the two beside it, of ``[..., L]`` >= 0."""
+    # max_pool1d would compile once per length.
+    wide = F.pad(x, (1, 1))
+    return torch.maximum(torch.maximum(wide[..., :-2], wide[..., 2:]), x)
 
 
 def time_line(batch: PackedBatch, gap: int) -> tuple[Tensor, Tensor]:
@@ -324,7 +331,7 @@ class SkeletonMae(Model):
             nn.init.normal_(self.temporal.weight, std=0.02)
 
     @property
-    def _no_split_modules(self) -> list[str]:
+    def _no_split_modules(self) -> list[str]:  # type: ignore[override]
         return ["GraphStack"] if self.task == "pretraining" else ["StrlLayer"]
 
     def _set_checkpointing(self, on: bool) -> None:
