@@ -58,7 +58,7 @@ def _clip(action: int, frames: int, generator: torch.Generator | None) -> Tensor
             rest = 0.5 * (draw[14 + 4 * side + limb] - 0.5)
             angles.append(rest + reach * torch.sin(turn + opposite))
     figure = _figure(angles, 0.85 + 0.3 * draw[22:28])  # [T, 17, 2]
-    tilt = 2 * math.pi * (draw[28] - 0.5)
+    tilt = 2.0 * (draw[28] - 0.5)  # as a gymnast's, up to one radian
     spin = torch.stack((tilt.cos(), -tilt.sin(), tilt.sin(), tilt.cos())).view(2, 2)
     return (50 + 150 * draw[29]) * figure @ spin + 300 * (1 + draw[30:32])
 

@@ -279,13 +279,12 @@ def test_checkpointing_keeps_outputs_gradients_and_averages():
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_the_recogniser_compiles(checkpointing):
-    model = tiny("classification").train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    batches = [model.example_batch(seeded(), lengths=lengths) for lengths in SIX_SHAPES]
-    assert_compiles(model, batches)
+def test_the_recogniser_compiles_once_for_all_lengths():
+    """`max_pool1d` had a graph compiled for every length."""
+    model = tiny("classification", encoder_depth=1, num_persons=1).train()
+    model.gradient_checkpointing_enable()
+    batches = [model.example_batch(seeded(), lengths=lengths) for lengths in SIX_SHAPES[:3]]
+    assert_compiles(model, batches, max_graphs=1)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 2, 0]], ids=str)
