@@ -7,6 +7,8 @@ All functions trace under ``torch.compile(fullgraph=True)`` except :func:`masked
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +19,21 @@ from encfast.packed import PackedBatch
 IGNORE = -100  # torch's and transformers' label for "predict nothing here"
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy over the rows whose target is not -100; 0 if there is none.
 
     Args:
         logits: ``[M, V]``.
         targets: int64 ``[M]`` in [0, V), or -100.
+        label_smoothing: share of the target, in [0, 1], that is spread evenly over all V.
     """
-    total = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(
+        _wide(logits),
+        targets,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
@@ -67,13 +76,20 @@ def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None =
     return cross_entropy(logits, next_tokens(tokens, labels))
 
 
-def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    kept: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Cross entropy for integer labels, mean squared error for floating ones (regression).
 
     Args:
         logits: ``[M, K]``; for regression K = 1 or the shape of ``labels``.
         labels: int64 ``[M]`` in [0, K) or -100; or floating ``[M]`` or ``[M, K]``.
         kept: bool ``[M]``: leave out rows where it is False (e.g. of empty sequences).
+        label_smoothing: of integer labels, see :func:`cross_entropy`.
 
     Raises:
         ValueError: if floating labels do not have the shape of the predictions.
@@ -81,7 +97,8 @@ def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = No
     if kept is None:
         kept = torch.ones(labels.shape[:1], dtype=torch.bool, device=labels.device)
     if not labels.is_floating_point():
-        return cross_entropy(logits, labels.masked_fill(~kept, IGNORE))
+        labels = labels.masked_fill(~kept, IGNORE)
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
     predicted = logits.squeeze(-1) if labels.dim() == 1 and logits.shape[-1] == 1 else logits
     if predicted.shape != labels.shape:
         raise ValueError(
@@ -92,6 +109,44 @@ def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = No
     error = (predicted - labels.to(predicted.dtype)).square()
     error = error if error.dim() == 1 else error.flatten(1).mean(1)  # [M]
     return error.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
+
+
+def scaled_cosine_error(
+    predicted: Tensor,
+    targets: Tensor,
+    *,
+    beta: float = 2.0,
+    reduction: Literal["mean", "rescaled"] = "mean",
+) -> Tensor:
+    """``mean_i (1 - cos(z_i, x_i))^beta``: easy rows, at small angles, weigh less as beta grows.
+
+    Source: GraphMAE (Hou et al. 2022, arXiv 2205.10803), equation 2. SkeletonMAE (Yan et al. 2023,
+    arXiv 2307.08476) prints a sum of ``((1 - cos) / M)^beta`` instead: ``"rescaled"``.
+
+    Args:
+        predicted: ``[M, C]``, rows z.
+        targets: ``[M, C]``, rows x; a row of zeros has cosine 0.
+        beta: at least 1.
+        reduction: see above.
+
+    Raises:
+        ValueError: for a beta below 1, another reduction, or shapes that differ.
+    """
+    if not beta >= 1:
+        raise ValueError(f"beta must be >= 1, got {beta}")
+    if reduction not in ("mean", "rescaled"):
+        raise ValueError(f"reduction must be 'mean' or 'rescaled', got {reduction!r}")
+    if predicted.shape != targets.shape:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected {tuple(predicted.shape)} like "
+            "the predictions"
+        )
+    cosine = F.cosine_similarity(_wide(predicted), _wide(targets), dim=-1)  # [M]
+    # Rounding may bring 1 - cos below 0, where a broken power has no value.
+    error, count = (1 - cosine).clamp(min=0), max(predicted.shape[0], 1)
+    if reduction == "rescaled":
+        return (error / count).pow(beta).sum()
+    return error.pow(beta).sum() / count
 
 
 def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:

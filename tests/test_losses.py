@@ -154,3 +154,46 @@ def test_masking_everything_or_nothing(tokens):
 def test_masking_explains_bad_arguments(tokens, change, message):
     with pytest.raises(ValueError, match=message):
         mask_tokens(tokens, **{"vocab_size": VOCAB, "mask_id": 3} | change)
+
+
+def test_scaled_cosine_error_at_known_angles():
+    x = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    for target, value in ((x, 0.0), (x @ torch.tensor([[0.0, 1], [-1, 0]]), 1.0), (-5 * x, 4.0)):
+        mean = losses.scaled_cosine_error(x, target)
+        torch.testing.assert_close(mean, torch.tensor(value), atol=1e-6, rtol=0)
+        rescaled = losses.scaled_cosine_error(x, target, reduction="rescaled")
+        torch.testing.assert_close(rescaled, mean / 3, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(losses.scaled_cosine_error(x, -x, beta=3), torch.tensor(8.0))
+
+
+def test_scaled_cosine_error_of_random_rows():
+    z, x = torch.randn(2, 40, 7, dtype=torch.float64).unbind(0)
+    angle = (z * x).sum(1) / (z.norm(dim=1) * x.norm(dim=1))
+    for beta in (1, 1.5, 2):
+        expected = ((1 - angle) ** beta).mean()
+        torch.testing.assert_close(losses.scaled_cosine_error(z, x, beta=beta), expected)
+        printed = ((1 / 40 - angle / 40) ** beta).sum()
+        rescaled = losses.scaled_cosine_error(z, x, beta=beta, reduction="rescaled")
+        torch.testing.assert_close(rescaled, printed)
+
+
+def test_scaled_cosine_error_is_finite_where_angles_are_not():
+    z = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1e-4, 1e-4]], requires_grad=True)
+    x = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 3.0]])
+    loss = losses.scaled_cosine_error(z, x, beta=1.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 / 3) and z.grad.isfinite().all()
+    empty = torch.zeros(0, 2, requires_grad=True)
+    nothing = losses.scaled_cosine_error(empty, empty.detach())
+    nothing.backward()
+    assert nothing == 0
+
+
+def test_scaled_cosine_error_names_what_is_wrong():
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"beta must be >= 1, got 0\.5"):
+        losses.scaled_cosine_error(x, x, beta=0.5)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'rescaled', got 'sum'"):
+        losses.scaled_cosine_error(x, x, reduction="sum")
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 2\), expected \(3, 2\)"):
+        losses.scaled_cosine_error(x, x[:2])

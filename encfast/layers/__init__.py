@@ -6,10 +6,12 @@ maps of other libraries find them.
 """
 
 from encfast.layers.attention import Attention, alibi_slopes
+from encfast.layers.batchnorm import BatchNorm, checkpointed
 from encfast.layers.block import Block, Stack
 from encfast.layers.cache import KVCache
 from encfast.layers.dropout import Dropout
 from encfast.layers.embed import Embeddings
+from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.norm import Norm
@@ -20,10 +22,15 @@ from encfast.layers.rotary import Rotary
 __all__ = [
     "MLP",
     "Attention",
+    "BatchNorm",
     "Block",
     "ClassificationHead",
     "Dropout",
     "Embeddings",
+    "GATLayer",
+    "GCNLayer",
+    "GINLayer",
+    "Graph",
     "KVCache",
     "MaskedLMHead",
     "Norm",
@@ -33,5 +40,6 @@ __all__ = [
     "Stack",
     "activation",
     "alibi_slopes",
+    "checkpointed",
     "pool",
 ]
