@@ -25,6 +25,7 @@
 #include <cassert>
 
 #include "pad.h"
+#include "row_starts.h"
 #include "rows.h"
 
 namespace encfast {

@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "fibers.h"
+#include "simt.h"
 
 namespace check {
 
@@ -49,6 +49,20 @@ class Draw {
  private:
   std::mt19937_64 engine_;
 };
+
+// A number that T holds exactly, as a T.
+template <class T>
+T element_of(double value) {
+  return static_cast<T>(value);
+}
+template <>
+inline __nv_bfloat16 element_of(double value) {
+  return __float2bfloat16_rn(static_cast<float>(value));
+}
+template <>
+inline __half element_of(double value) {
+  return __float2half_rn(static_cast<float>(value));
+}
 
 template <class T>
 bool equal(const char* what, const Array<T>& got, const std::vector<T>& want) {
