@@ -1,8 +1,8 @@
 // Elements of any type as float32, several at a time, and back.
 #pragma once
+#include "common/dtype.h"
 #include "common/gpu.h"
 #include "rows.h"
-#include "types.h"
 
 namespace encfast {
 namespace {
@@ -42,11 +42,11 @@ __device__ Floats<kWidth> load_floats(const T* src) {
 
 // Those from element i on of an array whose floating type is known at run time only.
 template <int kWidth>
-__device__ Floats<kWidth> load_floats(const void* src, CudaType type, int64_t i) {
+__device__ Floats<kWidth> load_floats(const void* src, DType type, int64_t i) {
   switch (type) {
-    case CudaType::kBFloat16:
+    case DType::kBFloat16:
       return load_floats<kWidth>(static_cast<const __nv_bfloat16*>(src) + i);
-    case CudaType::kFloat16:
+    case DType::kFloat16:
       return load_floats<kWidth>(static_cast<const __half*>(src) + i);
     default:
       return load_floats<kWidth>(static_cast<const float*>(src) + i);
@@ -60,9 +60,7 @@ __device__ void store_rounded(T* out, const Floats<kWidth>& x) {
   *reinterpret_cast<Pack<T, kWidth>*>(out) = pack;
 }
 
-inline int64_t bytes_of(CudaType type) {
-  return type == CudaType::kFloat32 ? 4 : type == CudaType::kUInt8 ? 1 : 2;
-}
+inline int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 template <typename T>
 struct TypeTag {
@@ -71,11 +69,11 @@ struct TypeTag {
 
 // Calls f with the tag of a floating type.
 template <typename F>
-void with_float_type(CudaType type, F f) {
+void with_float_type(DType type, F f) {
   switch (type) {
-    case CudaType::kBFloat16:
+    case DType::kBFloat16:
       return f(TypeTag<__nv_bfloat16>{});
-    case CudaType::kFloat16:
+    case DType::kFloat16:
       return f(TypeTag<__half>{});
     default:
       return f(TypeTag<float>{});

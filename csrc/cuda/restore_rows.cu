@@ -48,7 +48,7 @@ __global__ void restore_rows_kernel(CudaRestoreRowsParams p) {
       if (row >= 0) {
         sum = load_floats<kWidth>(x + c);
       } else if (p.fill) {
-        sum = load_floats<kWidth>(p.fill, p.fill_type, c);
+        sum = load_floats<kWidth>(p.fill + c);
       }
       if (p.add) {
         const auto other = load_floats<kWidth>(p.add, p.add_type, added * p.add_stride + c);
@@ -164,7 +164,7 @@ int64_t partials_of(int64_t m, int64_t rows, int64_t channels) {
 }
 
 // The sums in one stage, or in two by way of `partials`.
-void sum_sources(CudaType type, SumParams p, int64_t m, float* partials, cudaStream_t stream) {
+void sum_sources(DType type, SumParams p, int64_t m, float* partials, cudaStream_t stream) {
   if (p.rows == 0) return;
   float* out = p.out;
   p.splits = splits_of(m, p.rows, p.channels);

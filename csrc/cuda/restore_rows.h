@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "types.h"
+#include "common/dtype.h"
 
 namespace encfast {
 
@@ -11,12 +11,11 @@ namespace encfast {
 // rounded once. Strides are in elements; rows of `out` are contiguous. An index out of range stops
 // the kernel with an assertion.
 struct CudaRestoreRowsParams {
-  CudaType type;       // of x and out; a floating one, like the next two
-  CudaType fill_type;  // parameters have types of their own
-  CudaType add_type;
+  DType type;  // of x and out
+  DType add_type;
   const void* x;             // [n, channels]
   const int64_t* index;      // [m], each in -1..n - 1
-  const void* fill;          // [channels], or null: zeros
+  const float* fill;         // [channels], or null: zeros
   const void* add;           // [n_add, channels], or null: nothing
   const int64_t* add_index;  // [m], each in 0..n_add - 1, or null: i % n_add
   void* out;                 // [m, channels]
@@ -31,7 +30,7 @@ struct CudaRestoreRowsParams {
 // dfill = the sum of dout[i] over the i whose index is -1; dadd[r] = that over the i whose
 // add_index is r. In float32, in an order that depends on m, n_add and channels alone.
 struct CudaRestoreRowsBwdParams {
-  CudaType type;          // of dout
+  DType type;             // of dout
   const void* dout;       // [m, channels]
   const int64_t* index;   // [m]
   const int64_t* sorted;  // [m] add_index in ascending order, each in 0..n_add - 1; null: i % n_add

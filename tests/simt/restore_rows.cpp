@@ -12,11 +12,11 @@ using check::Draw;
 using check::element_of;
 
 template <class T>
-constexpr CudaType kTypeOf = CudaType::kFloat32;
+constexpr DType kTypeOf = DType::kFloat32;
 template <>
-constexpr CudaType kTypeOf<__nv_bfloat16> = CudaType::kBFloat16;
+constexpr DType kTypeOf<__nv_bfloat16> = DType::kBFloat16;
 template <>
-constexpr CudaType kTypeOf<__half> = CudaType::kFloat16;
+constexpr DType kTypeOf<__half> = DType::kFloat16;
 
 // Small integers, which add without rounding in every type.
 template <class T>
@@ -34,12 +34,12 @@ struct Layout {
   int64_t elements(int64_t rows) const { return rows ? (rows - 1) * stride() + channels : 0; }
 };
 
-template <class T, class Fill, class Add>
+template <class T, class Add>
 bool check_restore(Draw& draw, int64_t m, int64_t n, int64_t n_add, const Layout& at,
                    bool add_index) {
   const int64_t C = at.channels;
   Array<T> x(at.elements(n), at.offset), out(m * C, at.offset);
-  Array<Fill> fill(C, at.offset);
+  Array<float> fill(C, at.offset);
   Array<Add> add(at.elements(n_add), at.offset);
   fill_with_integers(draw, x);
   fill_with_integers(draw, fill);
@@ -52,39 +52,36 @@ bool check_restore(Draw& draw, int64_t m, int64_t n, int64_t n_add, const Layout
     added[i] = n_add ? add_index ? draw(0, n_add - 1) : i % n_add : -1;
     for (int64_t c = 0; c < C; ++c) {
       float sum = index[i] >= 0 ? static_cast<float>(x[index[i] * at.stride() + c])
-                  : has_fill    ? static_cast<float>(fill[c])
+                  : has_fill    ? fill[c]
                                 : 0;
       if (n_add) sum += static_cast<float>(add[added[i] * at.stride() + c]);
       want.push_back(element_of<T>(sum));
     }
   }
   restore_rows_cuda(
-      {kTypeOf<T>, kTypeOf<Fill>, kTypeOf<Add>, x.data(), index.data(),
-       has_fill ? fill.data() : nullptr, n_add ? add.data() : nullptr,
-       add_index ? added.data() : nullptr, out.data(), m, n, n_add, C, at.stride(), at.stride()},
+      {kTypeOf<T>, kTypeOf<Add>, x.data(), index.data(), has_fill ? fill.data() : nullptr,
+       n_add ? add.data() : nullptr, add_index ? added.data() : nullptr, out.data(), m, n, n_add, C,
+       at.stride(), at.stride()},
       nullptr);
   return check::equal("restore_rows", out, want);
 }
 
-template <class T, class Fill, class Add>
+template <class T, class Add>
 bool check_restores_of(Draw& draw) {
   bool ok = true;
   for (const Layout& at : {Layout{1}, Layout{16}, Layout{37}, Layout{48, 16}, Layout{16, 1},
                            Layout{16, 0, 4}, Layout{2056}}) {
-    ok &= check_restore<T, Fill, Add>(draw, 12, 5, 4, at, false);
-    ok &= check_restore<T, Fill, Add>(draw, 11, 5, 3, at, true);
+    ok &= check_restore<T, Add>(draw, 12, 5, 4, at, false);
+    ok &= check_restore<T, Add>(draw, 11, 5, 3, at, true);
   }
-  ok &= check_restore<T, Fill, Add>(draw, 9, 0, 0, {16}, false);  // no rows but fill's
-  return ok && check_restore<T, Fill, Add>(draw, 0, 3, 2, {16}, false);
+  ok &= check_restore<T, Add>(draw, 9, 0, 0, {16}, false);  // no rows but fill's
+  return ok && check_restore<T, Add>(draw, 0, 3, 2, {16}, false);
 }
 
 bool check_restores(Draw& draw) {
-  using Bf16 = __nv_bfloat16;
-  return check_restores_of<float, float, float>(draw) &&
-         check_restores_of<Bf16, float, Bf16>(draw) &&
-         check_restores_of<__half, __half, float>(draw) &&
-         check_restores_of<float, Bf16, __half>(draw) &&
-         check_restore<float, float, float>(draw, 3, 5, 1, {0}, false);
+  return check_restores_of<float, float>(draw) && check_restores_of<__nv_bfloat16, float>(draw) &&
+         check_restores_of<float, __nv_bfloat16>(draw) && check_restores_of<__half, __half>(draw) &&
+         check_restore<float, float>(draw, 3, 5, 1, {0}, false);
 }
 
 // 1 + 2^-8 + 2^-16 in bfloat16: an addend rounded first would leave a tie, and 1.
@@ -95,8 +92,8 @@ bool check_one_rounding() {
   x[0] = element_of<__nv_bfloat16>(1);
   add[0] = 0x1.01p-8f;
   index[0] = 0;
-  restore_rows_cuda({CudaType::kBFloat16, CudaType::kFloat32, CudaType::kFloat32, x.data(),
-                     index.data(), nullptr, add.data(), nullptr, out.data(), 1, 1, 1, 1, 1, 1},
+  restore_rows_cuda({DType::kBFloat16, DType::kFloat32, x.data(), index.data(), nullptr, add.data(),
+                     nullptr, out.data(), 1, 1, 1, 1, 1, 1},
                     nullptr);
   return check::equal("one rounding", out, {element_of<__nv_bfloat16>(1.0078125)});
 }
@@ -228,10 +225,9 @@ void restore_out_of_range(int64_t index_value, int64_t add_index_value) {
   Array<int64_t> index(1), add_index(1);
   index[0] = index_value;
   add_index[0] = add_index_value;
-  restore_rows_cuda(
-      {CudaType::kFloat32, CudaType::kFloat32, CudaType::kFloat32, x.data(), index.data(), nullptr,
-       add.data(), add_index.data(), out.data(), 1, 3, 3, 4, 4, 4},
-      nullptr);
+  restore_rows_cuda({DType::kFloat32, DType::kFloat32, x.data(), index.data(), nullptr, add.data(),
+                     add_index.data(), out.data(), 1, 3, 3, 4, 4, 4},
+                    nullptr);
 }
 
 void backward_out_of_range() {

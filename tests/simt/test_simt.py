@@ -108,6 +108,13 @@ def test_planted_bug_is_found_and_its_absence_is_silent(built, bug):
     "kernel, call, said",
     [
         ("pad", "bad_index", "index out of range"),
+        ("patch_gather", "bad_id", "id out of range"),
+        ("patch_gather", "negative_id", "id out of range"),
+        ("patch_gather", "bad_start", "cu_seqlens does not fit"),
+        ("patch_gather", "bad_end", "cu_seqlens does not fit"),
+        ("patch_gather", "negative_length", "cu_keep does not fit"),
+        ("patch_gather", "keep_too_long", "does not fit"),
+        ("patch_gather", "negative_keep", "cu_keep does not fit"),
         ("restore_rows", "bad_index", "index out of range"),
         ("restore_rows", "bad_add_index", "add_index out of range"),
         ("restore_rows", "bad_sorted_index", "row index is out of range"),
