@@ -14,7 +14,7 @@
 // length and suits the lengths of images and clips; from some ten thousand patches on, a sort would
 // be the better start. Few sequences leave SMs idle, whatever their length.
 //
-// Pixels: block = lanes x rows, as in pad.cu; a lane takes up to 4 vectors of a row.
+// Pixels: block = lanes x rows, as in pad.cu; a lane has 4 vectors of a row under way.
 //
 //   row i = patch ids[i]   ->  where the patch begins: image, place in the grid     once a row
 //   element e of the row   ->  channel and pixel of the patch: 4 axes at most       once a vector
@@ -190,18 +190,30 @@ Layout layout_of(const PatchGrid& g) {
   return at;
 }
 
-template <int kWidth>
-__device__ void normalize(const CudaGatherPatchesParams& p, uint32_t channel, Floats<kWidth>& x) {
+// Elements e .. e + kWidth - 1 of the row of the patch that begins at `src`.
+template <int kWidth, typename Pixel>
+__device__ Floats<kWidth> pixels_of(const CudaGatherPatchesParams& p, const Layout& layout,
+                                    const Pixel* src, uint32_t e) {
+  const Place at = place_of(layout.row, e);
+  auto x = load_floats<kWidth>(src + at.offset);
+  uint32_t channel = at.first;
+  if (p.grid.channels_last) {
+    channel = at.last - layout.channels.quotient(at.last) * layout.channels.divisor;
+  }
   for (int k = 0; k < kWidth; ++k) {
     if (p.scale) x.values[k] *= p.scale[channel];
     if (p.shift) x.values[k] += p.shift[channel];
-    if (p.grid.channels_last && ++channel == p.grid.channels) channel = 0;
+    if (p.grid.channels_last && ++channel == layout.channels.divisor) channel = 0;
   }
+  return x;
 }
+
+constexpr int kVectors = 4;  // of a row that a lane has under way
 
 template <typename Pixel, typename T, int kWidth>
 __global__ void gather_patches_kernel(CudaGatherPatchesParams p, Layout layout) {
   const auto pixels = static_cast<uint32_t>(p.grid.pixels);
+  const uint32_t across = blockDim.x * kWidth;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < p.m;
        i += step) {
@@ -211,15 +223,17 @@ __global__ void gather_patches_kernel(CudaGatherPatchesParams p, Layout layout) 
     const Pixel* src = static_cast<const Pixel*>(p.image) + image * p.grid.image_stride +
                        place_of(layout.grid, patch).offset;
     T* row = static_cast<T*>(p.rows) + i * p.grid.pixels;
-    for (uint32_t e = threadIdx.x * kWidth; e < pixels; e += blockDim.x * kWidth) {
-      const Place at = place_of(layout.row, e);
-      auto x = load_floats<kWidth>(src + at.offset);
-      uint32_t channel = at.first;
-      if (p.grid.channels_last) {
-        channel = at.last - layout.channels.quotient(at.last) * layout.channels.divisor;
+    for (uint32_t first = threadIdx.x * kWidth; first < pixels; first += kVectors * across) {
+      Floats<kWidth> x[kVectors];
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const uint32_t e = first + v * across;
+        x[v] = pixels_of<kWidth>(p, layout, src, e < pixels ? e : first);
       }
-      normalize(p, channel, x);
-      store_rounded(row + e, x);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (first + v * across < pixels) store_rounded(row + first + v * across, x[v]);
+      }
     }
   }
 }
@@ -235,7 +249,7 @@ bool moves_in_vectors(const CudaGatherPatchesParams& p, const Layout& at, int wi
 
 template <typename Pixel, typename T, int kWidth>
 void launch_gather(const CudaGatherPatchesParams& p, const Layout& layout, cudaStream_t stream) {
-  const dim3 block = block_for(ceil_div(p.grid.pixels, 4 * kWidth));
+  const dim3 block = block_for(ceil_div(p.grid.pixels, kVectors * kWidth));
   ENCFAST_LAUNCH((gather_patches_kernel<Pixel, T, kWidth>), blocks_for(p.m, block.y), block, stream,
                  p, layout);
 }

@@ -12,8 +12,8 @@
 
 namespace check {
 
-// n elements of 0xff (NaN in any float type), `offset` bytes behind an address that is aligned to
-// 64. The block ends with the last of them, so that one more is out of bounds.
+// n poisoned elements, `offset` bytes behind an address that is aligned to 64. The block ends with
+// the last of them, so that one more is out of bounds.
 template <class T>
 class Array {
  public:
@@ -21,7 +21,7 @@ class Array {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
     if (posix_memalign(&block_, 64, offset + bytes) != 0) std::abort();
     data_ = reinterpret_cast<T*>(static_cast<char*>(block_) + offset);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
+    simt::poison(data_, bytes);
   }
   Array(const Array&) = delete;
   ~Array() { std::free(block_); }

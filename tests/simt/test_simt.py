@@ -81,6 +81,7 @@ PLANTED = {
     "sum_of_blocks": ("tsan", "data race"),
     "buffer_reuse": ("tsan", "data race"),
     "unwritten_shared": ("plain", "wrong result"),
+    "unwritten_result": ("plain", "wrong result"),
     "divergent_barrier": ("plain", "other threads of the block on line"),
     "divergent_ballot": ("plain", "waits for ever in"),
     "exited_lane": ("plain", "waits for lane 3, which has exited"),
