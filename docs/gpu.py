@@ -67,7 +67,8 @@ WORK: dict[str, Callable[[int], Work]] = {
     "count_kept_kernel": lambda D: (0, 1),
     "scan_tiles_kernel": lambda D: (0, 8),
     "place_kept_kernel": lambda D: (0, 9),
-    "select_patches_kernel": lambda D: (SEQLEN, 20),  # of a patch: compared with each of them
+    "rank_patches_kernel": lambda D: (SEQLEN, 12),  # of a patch: compared with each of them
+    "place_patches_kernel": lambda D: (0, 24),
     "gather_patches_kernel": lambda D: (2, 4),
     "restore_rows_kernel": lambda D: (1, 6),
     "sum_sources_kernel": lambda D: (1, 2),

@@ -94,6 +94,9 @@ bool check_selects(Draw& draw) {
     ok &= check_select(draw, {{49, 12}, {0, 0}, {1, 1}, {1, 0}, {2, 1}}, Noise::kAny, ordered);
     ok &= check_select(draw, {{30, 0}, {33, 33}, {64, 16}}, Noise::kTies, ordered);
     ok &= check_select(draw, {{40, 10}, {40, 30}}, Noise::kSpecial, ordered);
+    // Nothing around a block's border; sequences across it.
+    ok &= check_select(draw, {{0, 0}, {kThreads, 9}, {0, 0}, {5, 5}, {0, 0}}, Noise::kAny, ordered);
+    ok &= check_select(draw, {{0, 0}, {300, 7}, {300, 290}, {0, 0}}, Noise::kTies, ordered);
     // More patches than threads; tiles that end with a sequence, and within one.
     ok &= check_select(draw, {{kThreads + 1, 100}}, Noise::kTies, ordered);
     ok &= check_select(draw, {{kTileKeys, 5}, {kTileKeys + 3, 700}}, Noise::kTies, ordered);
