@@ -60,6 +60,19 @@ __device__ void store_rounded(T* out, const Floats<kWidth>& x) {
   *reinterpret_cast<Pack<T, kWidth>*>(out) = pack;
 }
 
+// As elements from i on of an array whose floating type is known at run time only.
+template <int kWidth>
+__device__ void store_rounded(void* out, DType type, int64_t i, const Floats<kWidth>& x) {
+  switch (type) {
+    case DType::kBFloat16:
+      return store_rounded(static_cast<__nv_bfloat16*>(out) + i, x);
+    case DType::kFloat16:
+      return store_rounded(static_cast<__half*>(out) + i, x);
+    default:
+      return store_rounded(static_cast<float*>(out) + i, x);
+  }
+}
+
 inline int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 template <typename T>

@@ -21,10 +21,10 @@
 //   row i = patch ids[i]   ->  where the patch begins: image, place in the grid     once a row
 //   element e of the row   ->  channel and pixel of the patch: 4 axes at most       once a vector
 //
-// A vector is as many elements as make 16 bytes of the wider of image and rows, where these are
-// neighbours in the image too and all of its strides keep them aligned; otherwise one element. Read
-// and written once, 8 bytes of ids a row beside it. No shared memory. Offsets are 64 bits wide,
-// numbers within an image or a row 31.
+// A vector is 8 or 4 elements, of which the wider of image and rows has 16 bytes at most, where
+// these are neighbours in the image too and all of its strides keep them aligned; otherwise one.
+// Read and written once, 8 bytes of ids a row beside it. No shared memory. Offsets are 64 bits
+// wide, numbers within an image or a row 31.
 #include <cassert>
 
 #include "divider.h"
@@ -253,7 +253,7 @@ __device__ Floats<kWidth> pixels_of(const CudaGatherPatchesParams& p, const Layo
 
 constexpr int kVectors = 4;  // of a row that a lane has under way
 
-template <typename Pixel, typename T, int kWidth>
+template <typename Pixel, int kWidth>
 __global__ void gather_patches_kernel(CudaGatherPatchesParams p, Layout layout) {
   const auto pixels = static_cast<uint32_t>(p.grid.pixels);
   const uint32_t across = blockDim.x * kWidth;
@@ -265,7 +265,6 @@ __global__ void gather_patches_kernel(CudaGatherPatchesParams p, Layout layout) 
     const auto patch = static_cast<uint32_t>(id - image * p.grid.patches);
     const Pixel* src = static_cast<const Pixel*>(p.image) + image * p.grid.image_stride +
                        place_of(layout.grid, patch).offset;
-    T* row = static_cast<T*>(p.rows) + i * p.grid.pixels;
     for (uint32_t first = threadIdx.x * kWidth; first < pixels; first += kVectors * across) {
       Floats<kWidth> x[kVectors];
 #pragma unroll
@@ -275,7 +274,8 @@ __global__ void gather_patches_kernel(CudaGatherPatchesParams p, Layout layout) 
       }
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        if (first + v * across < pixels) store_rounded(row + first + v * across, x[v]);
+        const uint32_t e = first + v * across;
+        if (e < pixels) store_rounded(p.rows, p.type, i * p.grid.pixels + e, x[v]);
       }
     }
   }
@@ -290,35 +290,27 @@ bool moves_in_vectors(const CudaGatherPatchesParams& p, const Layout& at, int wi
   return fits;
 }
 
-template <typename Pixel, typename T, int kWidth>
+template <typename Pixel, int kWidth>
 void launch_gather(const CudaGatherPatchesParams& p, const Layout& layout, cudaStream_t stream) {
   const dim3 block = block_for(ceil_div(p.grid.pixels, kVectors * kWidth));
-  ENCFAST_LAUNCH((gather_patches_kernel<Pixel, T, kWidth>), blocks_for(p.m, block.y), block, stream,
-                 p, layout);
+  ENCFAST_LAUNCH((gather_patches_kernel<Pixel, kWidth>), blocks_for(p.m, block.y), block, stream, p,
+                 layout);
 }
 
-template <typename Pixel, typename T>
+template <typename Pixel>
 void launch_gather_of(const CudaGatherPatchesParams& p, cudaStream_t stream) {
-  constexpr int kSize = sizeof(Pixel), kWidth = 16 / (kSize < sizeof(T) ? sizeof(T) : kSize);
+  constexpr int kSize = sizeof(Pixel), kMost = 16 / (kSize < 2 ? 2 : kSize);
+  const int64_t row_size = bytes_of(p.type);
   const Layout layout = layout_of(p.grid);
-  if (moves_in_vectors(p, layout, kWidth, kSize) && aligned(kWidth * sizeof(T), p.rows)) {
-    launch_gather<Pixel, T, kWidth>(p, layout, stream);
+  const auto fits = [&](int width) {
+    return moves_in_vectors(p, layout, width, kSize) && aligned(width * row_size, p.rows);
+  };
+  if (kMost == 8 && row_size == 2 && fits(8)) {
+    launch_gather<Pixel, kMost>(p, layout, stream);
+  } else if (fits(4)) {
+    launch_gather<Pixel, 4>(p, layout, stream);
   } else {
-    launch_gather<Pixel, T, 1>(p, layout, stream);
-  }
-}
-
-template <typename T>
-void launch_gather_to(const CudaGatherPatchesParams& p, cudaStream_t stream) {
-  switch (p.pixels) {
-    case PixelType::kFloat32:
-      return launch_gather_of<float, T>(p, stream);
-    case PixelType::kBFloat16:
-      return launch_gather_of<__nv_bfloat16, T>(p, stream);
-    case PixelType::kFloat16:
-      return launch_gather_of<__half, T>(p, stream);
-    case PixelType::kUint8:
-      return launch_gather_of<uint8_t, T>(p, stream);
+    launch_gather<Pixel, 1>(p, layout, stream);
   }
 }
 
@@ -337,8 +329,20 @@ int select_patches_cuda(const CudaSelectPatchesParams& p, void* stream_handle) {
 int gather_patches_cuda(const CudaGatherPatchesParams& p, void* stream_handle) {
   if (p.m == 0 || p.grid.pixels == 0) return 0;
   auto* stream = static_cast<cudaStream_t>(stream_handle);
-  with_float_type(p.type,
-                  [&](auto tag) { launch_gather_to<typename decltype(tag)::Type>(p, stream); });
+  switch (p.pixels) {
+    case PixelType::kFloat32:
+      launch_gather_of<float>(p, stream);
+      break;
+    case PixelType::kBFloat16:
+      launch_gather_of<__nv_bfloat16>(p, stream);
+      break;
+    case PixelType::kFloat16:
+      launch_gather_of<__half>(p, stream);
+      break;
+    case PixelType::kUint8:
+      launch_gather_of<uint8_t>(p, stream);
+      break;
+  }
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -214,6 +214,7 @@ bool check_gathers_of(Draw& draw) {
     ok &= check_gather<Pixel, T>(draw, {1, 2, {1, 1, 2}, {1, 4, 8}, last, last, 16});
     ok &= check_gather<Pixel, T>(draw, {1, 2, {1, 1, 2}, {1, 4, 8}, last, last, 0, 4});
     ok &= check_gather<Pixel, T>(draw, {2, 1, {1, 1, 3}, {1, 2, 8}, last, last});
+    ok &= check_gather<Pixel, T>(draw, {2, 1, {1, 1, 3}, {1, 2, 4}, last, last});
   }
   return ok && check_gather<Pixel, T>(draw, {3, 2, {1, 1, 2}, {1, 1, 8}, false, false, 0, 0, true});
 }
