@@ -30,6 +30,7 @@ BENCHES = (
     "training",
     "varlen_attn",
     "pad",
+    "patch_gather",
     "rotary",
     "add_norm",
     "glu",

@@ -20,7 +20,7 @@ from tables import ROOT, filled, run
 
 PAGE = ROOT / "docs" / "gpu.md"
 STATIC = ROOT / "perf" / "static"
-SEQLEN = 512  # tokens of the sequences that the intensity of attention is given for
+SEQLEN = 512  # rows of the sequences that attention's and selection's intensity is given for
 TENSOR = ("mma", "wgmma", "tcgen05", "mfma")
 
 
@@ -67,6 +67,11 @@ WORK: dict[str, Callable[[int], Work]] = {
     "count_kept_kernel": lambda D: (0, 1),
     "scan_tiles_kernel": lambda D: (0, 8),
     "place_kept_kernel": lambda D: (0, 9),
+    "rank_patches_kernel": lambda D: (SEQLEN, 12),  # of a patch: compared with each of them
+    "place_patches_kernel": lambda D: (0, 24),
+    "gather_patches_kernel": lambda D: (2, 4),
+    "restore_rows_kernel": lambda D: (1, 6),
+    "sum_sources_kernel": lambda D: (1, 2),
 }
 
 

@@ -3,34 +3,15 @@
 // rows which share a place are added in their order without atomics: the same bits in every run.
 // Rows of a dtype that cannot be added move as bytes, and of those which share a place the first
 // one stays.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <utility>
-#include <vector>
 
-#include "bind/tensor_util.h"
+#include "bind/cuda_util.h"
 #include "cuda/pad.h"
-
-// Weak: found where libtorch brings libtorch_cuda along, null on a CPU-only PyTorch, which loads
-// this library all the same.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                            void** ret_stream);
 
 namespace encfast {
 namespace {
-
-void* current_stream(const Tensor& x) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "encfast: this PyTorch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
-}
-
-void check_launch(const char* op, int error) {
-  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " at launch");
-}
 
 // x with contiguous rows and index [m] contiguous, both on x's GPU.
 std::pair<Tensor, Tensor> checked(const char* op, const Tensor& x, const Tensor& index) {
@@ -40,16 +21,6 @@ std::pair<Tensor, Tensor> checked(const char* op, const Tensor& x, const Tensor&
   STD_TORCH_CHECK(index.is_cuda() && index.get_device_index() == x.get_device_index(), op,
                   ": index is not on the device of x, CUDA device ", x.get_device_index());
   return {with_inner_contiguous(x, 1), torch::stable::contiguous(index)};
-}
-
-// aten::sort.stable: (ascending values, where each came from).
-std::pair<Tensor, Tensor> stable_sort(const Tensor& x) {
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(x), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 CudaSumType sum_type(ScalarType dtype) {
@@ -73,7 +44,7 @@ CudaSumType sum_type(ScalarType dtype) {
 
 Tensor gather_rows(const Tensor& x, const Tensor& index) {
   constexpr const char* kOp = "encfast::gather_rows";
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const auto [rows, idx] = checked(kOp, x, index);
   Tensor out = new_rows(rows, idx.size(0));
   const int64_t size = static_cast<int64_t>(rows.element_size());
@@ -88,7 +59,7 @@ Tensor gather_rows(const Tensor& x, const Tensor& index) {
 Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t n) {
   constexpr const char* kOp = "encfast::scatter_rows";
   STD_TORCH_CHECK(n >= 0, kOp, ": n is ", n, ", expected >= 0");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const auto [rows, idx] = checked(kOp, x, index);
   STD_TORCH_CHECK(idx.size(0) == rows.size(0), kOp, ": index has ", idx.size(0), " entries, x has ",
                   rows.size(0), " rows");
@@ -108,7 +79,7 @@ Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t n) {
 
 std::tuple<Tensor, Tensor> find_rows(const Tensor& mask) {
   constexpr const char* kOp = "encfast::find_rows";
-  const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
+  const DeviceGuard guard(mask.get_device_index());
   auto [indices, cu_seqlens] = new_found_rows(kOp, mask);
   const int64_t n = indices.size(0);
   if (n == 0) {

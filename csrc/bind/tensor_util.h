@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/varlen_attn.h"  // DType
+#include "common/dtype.h"
 
 namespace encfast {
 

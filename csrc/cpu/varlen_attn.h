@@ -3,12 +3,11 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "../common/philox.h"
 #include "parallel.h"
 
 namespace encfast {
-
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 // A [rows, heads, D] tensor whose last dimension is contiguous; strides in elements (0 and negative
 // are legal).

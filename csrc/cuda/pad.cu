@@ -24,35 +24,12 @@
 // count per warp. Indices are at most 2^31 - 1, since cu_seqlens is int32.
 #include <cassert>
 
-#include "common/gpu.h"
 #include "pad.h"
+#include "row_starts.h"
+#include "rows.h"
 
 namespace encfast {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;  // many waves on any GPU; the kernels stride over the rest
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Lanes for a row of `vectors`: the next power of two, within a block.
-dim3 block_for(int64_t vectors) {
-  unsigned lanes = 1;
-  while (lanes < vectors && lanes < kThreads) lanes *= 2;
-  return dim3(lanes, kThreads / lanes);
-}
-
-unsigned blocks_for(int64_t rows, unsigned rows_per_block) {
-  const int64_t blocks = ceil_div(rows, rows_per_block);
-  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
-
-// Whether `width` divides both addresses and both strides.
-bool aligned(int64_t width, const void* a, int64_t a_stride, const void* b, int64_t b_stride) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) |
-                        static_cast<uint64_t>(a_stride) | static_cast<uint64_t>(b_stride);
-  return bits % static_cast<uint64_t>(width) == 0;
-}
 
 template <typename Vec>
 __global__ void gather_rows_kernel(CudaGatherRowsParams p) {
@@ -78,26 +55,6 @@ template <typename Vec>
 void launch_gather(const CudaGatherRowsParams& p, cudaStream_t stream) {
   const dim3 block = block_for(ceil_div(p.row_bytes, sizeof(Vec)));
   ENCFAST_LAUNCH((gather_rows_kernel<Vec>), blocks_for(p.n, block.y), block, stream, p);
-}
-
-// begin[r] = how many of `sorted` are below r, for r in 0..n.
-__global__ void row_starts_kernel(CudaSumRowsParams p) {
-  assert((p.m == 0 || (p.sorted[0] >= -1 && p.sorted[p.m - 1] < p.n)) &&
-         "encfast::scatter_rows: index out of range");
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; r <= p.n;
-       r += step) {
-    int64_t low = 0, high = p.m;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (p.sorted[middle] < r) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    p.begin[r] = low;
-  }
 }
 
 // How one element type is added: in Sum, rounded to T at the end.
@@ -127,11 +84,6 @@ struct Adding<Byte> {
   static __device__ Byte round(Byte s) { return s; }
 };
 __device__ Byte operator+(Byte first, Byte) { return first; }
-
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T values[kWidth];
-};
 
 template <typename T, int kWidth>
 __device__ Pack<T, kWidth> sum_of_rows(const CudaSumRowsParams& p, int64_t first, int64_t last,
@@ -186,8 +138,6 @@ void launch_sum_of(const CudaSumRowsParams& p, cudaStream_t stream) {
   }
 }
 
-constexpr int kWarpSize = 32, kWarps = kThreads / kWarpSize;
-constexpr unsigned kAllLanes = ~0u;
 constexpr int kRounds = 16;                    // a warp's: its ballots fill 16 registers
 constexpr int kStretch = kRounds * kWarpSize;  // entries of a warp
 constexpr int kTile = kWarps * kStretch;       // and of a block
@@ -204,26 +154,6 @@ __device__ int kept_of_warp(const CudaFindRowsParams& p, int64_t begin,
     count += __popc(ballots[round]);
   }
   return count;
-}
-
-// The sum of `value` over this thread and those before it in the block; `total` is that of all.
-__device__ int inclusive_scan(int value, int& total) {
-  ENCFAST_SHARED(int, warp_sums, kWarps);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  for (int reach = 1; reach < kWarpSize; reach *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(reach));
-    if (lane >= reach) value += before;
-  }
-  __syncthreads();  // an earlier scan has been read
-  if (lane == kWarpSize - 1) warp_sums[warp] = value;
-  __syncthreads();
-  total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) value += total;
-    total += warp_sums[w];
-  }
-  return value;
 }
 
 int64_t tiles_of(int64_t n) { return ceil_div(n, kTile); }
@@ -305,7 +235,7 @@ int gather_rows_cuda(const CudaGatherRowsParams& p, void* stream_handle) {
 int sum_rows_cuda(const CudaSumRowsParams& p, void* stream_handle) {
   if (p.n == 0 || p.row_elements == 0) return 0;
   auto* stream = static_cast<cudaStream_t>(stream_handle);
-  ENCFAST_LAUNCH((row_starts_kernel), blocks_for(p.n + 1, kThreads), kThreads, stream, p);
+  find_row_starts(p.sorted, p.m, p.begin, p.n, stream);
   switch (p.type) {
     case CudaSumType::kBytes:
       launch_sum_of<Byte>(p, stream);

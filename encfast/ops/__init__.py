@@ -6,25 +6,39 @@ from .add_norm import add_norm
 from .glu import glu
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
+from .patch_gather import (
+    PatchSelection,
+    fold_patches,
+    gather_patches,
+    masked_norm,
+    restore_rows,
+    select_patches,
+)
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu", "packed_linear")
+OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu", "packed_linear", "patch_gather")
 
 __all__ = [
     "OPS",
+    "PatchSelection",
     "Unpadded",
     "add_norm",
     "backends",
     "find_rows",
+    "fold_patches",
+    "gather_patches",
     "gather_rows",
     "glu",
+    "masked_norm",
     "pack_linear",
     "packed_linear",
     "pad",
+    "restore_rows",
     "rotary",
     "rotary_qk",
     "scatter_rows",
+    "select_patches",
     "select_rows",
     "unpad",
     "varlen_attn",

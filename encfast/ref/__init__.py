@@ -7,17 +7,29 @@ from .add_norm import add_norm
 from .glu import glu
 from .packed_linear import pack_linear, packed_linear
 from .pad import find_rows, gather_rows, scatter_rows
+from .patch_gather import (
+    fold_patches,
+    gather_patches,
+    restore_rows,
+    select_patches,
+    unfold_patches,
+)
 from .rotary import rotary
 from .varlen_attn import varlen_attn
 
 __all__ = [
     "add_norm",
     "find_rows",
+    "fold_patches",
+    "gather_patches",
     "gather_rows",
     "glu",
     "pack_linear",
     "packed_linear",
+    "restore_rows",
     "rotary",
     "scatter_rows",
+    "select_patches",
+    "unfold_patches",
     "varlen_attn",
 ]

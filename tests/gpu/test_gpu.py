@@ -36,6 +36,15 @@ def rotate(q, k, v, cu):
     return ops.rotary(q, angles.cos(), angles.sin())
 
 
+def mask_and_restore(q, k, v, cu, keep=10, **added):
+    """17 signals of 29 patches: `keep` of each are seen, k's first row fills the gaps."""
+    signals = q.view(17, 29, 4, 64).transpose(1, 2).flatten(2)  # [17, 4, 29 * 64]
+    noise = q.detach().float().sum((1, 2)).view(17, 29)
+    chosen = ops.select_patches(noise, keep)
+    seen = ops.gather_patches(signals, chosen.visible, (64,))
+    return ops.restore_rows(seen, chosen.restore, k[0].flatten(), **added)
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -53,6 +62,10 @@ CALLS = {
     "add_norm": lambda q, k, v, cu: ops.add_norm(q, k, torch.ones(64, device=q.device)),
     "glu": lambda q, k, v, cu: ops.glu(torch.cat((q, k), -1)),
     "pad": lambda q, k, v, cu: ops.select_rows(q, torch.arange(0, N, 2, device=q.device)),
+    "patch_gather": lambda q, k, v, cu: mask_and_restore(q, k, v, cu, add=v[:29].flatten(1)),
+    "patch_gather with add_index": lambda q, k, v, cu: mask_and_restore(
+        q, k, v, cu, add=v.flatten(1), add_index=torch.arange(N, device=q.device) // 29
+    ),
 }
 
 
@@ -123,6 +136,18 @@ def test_a_graph_replays_attention_on_new_values():
     assert torch.equal(out, attend(q, k, v, cu))
 
 
+def test_a_graph_replays_a_choice_of_patches_on_new_noise():
+    """No length is read on the host: what a graph holds serves any values."""
+    q, k, v = (x.detach() for x in qkv())
+    mask_and_restore(q, k, v, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mask_and_restore(q, k, v, None)
+    q.normal_()
+    graph.replay()
+    assert torch.equal(out, mask_and_restore(q, k, v, None))
+
+
 def test_find_rows_leaves_the_count_on_the_device():
     mask = torch.rand(70, 3000, device="cuda") < 0.3
     torch.cuda.set_sync_debug_mode("error")
@@ -150,7 +175,10 @@ def test_offsets_beyond_32_bits():
     want = ops.varlen_attn(alone, alone, alone, cu_seqlens((tail,)), max_seqlen_q=tail)
     assert torch.equal(out[-tail:], want)
     assert torch.equal(ops.add_norm(x)[-1], ops.add_norm(x[-1:].clone())[0])
-    assert torch.equal(ops.select_rows(x, torch.tensor([rows - 1], device="cuda"))[0], x[-1])
+    last = torch.tensor([rows - 1], device="cuda")
+    assert torch.equal(ops.select_rows(x, last)[0], x[-1])
+    assert torch.equal(ops.gather_patches(x, last, (size,))[0], x[-1].flatten())
+    assert torch.equal(ops.restore_rows(x.flatten(1), last)[0], x[-1].flatten())
 
 
 def test_another_device_than_the_current_one():

@@ -8,12 +8,12 @@
 #include <random>
 #include <vector>
 
-#include "fibers.h"
+#include "simt.h"
 
 namespace check {
 
-// n elements of 0xff (NaN in any float type), `offset` bytes behind an address that is aligned to
-// 64. The block ends with the last of them, so that one more is out of bounds.
+// n poisoned elements, `offset` bytes behind an address that is aligned to 64. The block ends with
+// the last of them, so that one more is out of bounds.
 template <class T>
 class Array {
  public:
@@ -21,7 +21,7 @@ class Array {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
     if (posix_memalign(&block_, 64, offset + bytes) != 0) std::abort();
     data_ = reinterpret_cast<T*>(static_cast<char*>(block_) + offset);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
+    simt::poison(data_, bytes);
   }
   Array(const Array&) = delete;
   ~Array() { std::free(block_); }
@@ -49,6 +49,20 @@ class Draw {
  private:
   std::mt19937_64 engine_;
 };
+
+// A number that T holds exactly, as a T.
+template <class T>
+T element_of(double value) {
+  return static_cast<T>(value);
+}
+template <>
+inline __nv_bfloat16 element_of(double value) {
+  return __float2bfloat16_rn(static_cast<float>(value));
+}
+template <>
+inline __half element_of(double value) {
+  return __float2half_rn(static_cast<float>(value));
+}
 
 template <class T>
 bool equal(const char* what, const Array<T>& got, const std::vector<T>& want) {

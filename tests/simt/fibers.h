@@ -9,7 +9,7 @@
 // differ or have exited, and waiting without end. AddressSanitizer adds accesses out of bounds, of
 // shared memory too; UBSan misaligned vectors; ThreadSanitizer, which takes each fiber for a thread
 // ordered by barriers, __syncwarp and launches alone, races on shared and global memory. Shared
-// memory starts as NaN, so that reading it unwritten shows in the results.
+// memory starts as what no result is, so that reading it unwritten shows.
 //
 // Not modelled: the GPU's memory model beyond that (fences, volatile), interleaving between
 // barriers (races are the sanitizer's to find), more than one stream.
@@ -194,6 +194,12 @@ SIMT_UNWATCHED inline void fiber_main() {
   std::abort();
 }
 
+// Fills memory with what no result is: NaN in any floating type, 0x7fff7fff in any integer type.
+SIMT_UNWATCHED inline void poison(void* memory, size_t bytes) {
+  auto* byte = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < bytes; ++i) byte[i] = i % 2 ? 0x7f : 0xff;
+}
+
 SIMT_UNWATCHED inline Seat take_seat() {
   std::vector<Seat>& free = runtime().seats;
   if (!free.empty()) {
@@ -229,7 +235,7 @@ SIMT_UNWATCHED inline std::unique_ptr<Block> new_block(uint64_t number) {
   block->live = r.block.x * r.block.y * r.block.z;
   block->fibers = std::vector<Fiber>(block->live);
   block->shared = new (std::align_val_t(1024)) char[kSharedBytes];
-  std::memset(block->shared, 0xff, kSharedBytes);
+  poison(block->shared, kSharedBytes);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(block->shared, kSharedBytes);
 #endif

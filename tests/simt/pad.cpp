@@ -4,11 +4,17 @@
 
 #include "check.h"
 
+template <>
+encfast::Byte check::element_of(double value) {
+  return {static_cast<char>(value)};
+}
+
 namespace {
 
 using namespace encfast;
 using check::Array;
 using check::Draw;
+using check::element_of;
 
 bool check_gather(Draw& draw, int64_t row_bytes, size_t offset, int64_t gap) {
   const int64_t rows = 7, n = 11, stride = row_bytes + gap;
@@ -37,23 +43,6 @@ bool check_gathers(Draw& draw) {
   return ok && check_gather(draw, 0, 0, 0);
 }
 
-template <class T>
-T element_of(int64_t value) {
-  return static_cast<T>(value);
-}
-template <>
-__nv_bfloat16 element_of(int64_t value) {
-  return __float2bfloat16_rn(static_cast<float>(value));
-}
-template <>
-__half element_of(int64_t value) {
-  return __float2half_rn(static_cast<float>(value));
-}
-template <>
-Byte element_of(int64_t value) {
-  return {static_cast<char>(value)};
-}
-
 // Small integers add without rounding in every type, so that plain loops know the exact sum.
 template <class T>
 bool check_sum(Draw& draw, CudaSumType type, int64_t row_elements, int64_t gap) {
@@ -62,7 +51,7 @@ bool check_sum(Draw& draw, CudaSumType type, int64_t row_elements, int64_t gap) 
   std::vector<int64_t> values(static_cast<size_t>(src.size()));
   for (int64_t i = 0; i < src.size(); ++i) {
     values[static_cast<size_t>(i)] = draw(-8, 8);
-    src[i] = element_of<T>(values[static_cast<size_t>(i)]);
+    src[i] = element_of<T>(static_cast<double>(values[static_cast<size_t>(i)]));
   }
   Array<int64_t> sorted(m), order(m), begin(n + 1);
   for (int64_t j = 0; j < m; ++j) {
@@ -83,7 +72,7 @@ bool check_sum(Draw& draw, CudaSumType type, int64_t row_elements, int64_t gap) 
     }
   }
   std::vector<T> want;
-  for (int64_t sum : sums) want.push_back(element_of<T>(sum));
+  for (int64_t sum : sums) want.push_back(element_of<T>(static_cast<double>(sum)));
   sum_rows_cuda({type, src.data(), sorted.data(), order.data(), begin.data(), out.data(), m, n,
                  row_elements, stride},
                 nullptr);

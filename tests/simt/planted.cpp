@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "common/gpu.h"
 
 namespace {
@@ -99,6 +100,16 @@ __global__ void unwritten_shared(int* out) {
   out[threadIdx.x] = sum;
 }
 
+// A place of the result is left out, whose value is that of memory full of ones.
+template <bool kBug>
+__global__ void unwritten_result(int* out) {
+  if (threadIdx.x == 0) {
+    out[0] = 5;
+  } else if (!kBug) {
+    out[threadIdx.x] = -1;
+  }
+}
+
 // Warps wait at different barriers.
 template <bool kBug>
 __global__ void divergent_barrier(int* out) {
@@ -186,6 +197,7 @@ const std::map<std::string, Case> kCases = {
     {"sum_of_blocks", {PLANTED(sum_of_blocks, 8, 32, out), {8}}},
     {"buffer_reuse", {PLANTED(buffer_reuse, 1, 64, out), {3, 3}}},
     {"unwritten_shared", {PLANTED(unwritten_shared, 1, 64, out), {64, 64}}},
+    {"unwritten_result", {PLANTED(unwritten_result, 1, 2, out), {5, -1}}},
     {"divergent_barrier", {PLANTED(divergent_barrier, 1, 64, out), {1, 1}}},
     {"divergent_ballot", {PLANTED(divergent_ballot, 1, 64, out), {-1, -1}}},
     {"exited_lane", {PLANTED(exited_lane, 1, 32, out), {1, 1}}},
@@ -202,14 +214,13 @@ const std::map<std::string, Case> kCases = {
 int main(int, char** args) {
   const Case& one = kCases.at(args[1]);
   simt::reseed(std::strtoull(args[3], nullptr, 10));
-  // 64 elements to the byte, aligned to 16, so that one more is out of bounds.
-  int* out = static_cast<int*>(std::aligned_alloc(16, 64 * sizeof(int)));
-  std::fill(out, out + 64, 0);
-  one.launch(std::string(args[2]) == "bug", out);
+  check::Array<int> out(64);
+  out[0] = 0;  // where some of them count
+  one.launch(std::string(args[2]) == "bug", out.data());
   for (size_t i = 0; i < one.expected.size(); ++i) {
-    if (out[i] == one.expected[i]) continue;
-    std::fprintf(stderr, "wrong result: out[%zu] is %d, expected %d\n", i, out[i], one.expected[i]);
+    const int found = out[static_cast<int64_t>(i)];
+    if (found == one.expected[i]) continue;
+    std::fprintf(stderr, "wrong result: out[%zu] is %d, expected %d\n", i, found, one.expected[i]);
     return 1;
   }
-  std::free(out);
 }

@@ -102,6 +102,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
   });
 }
 
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Atomic for TSan too, and like CUDA's without any order of other accesses.

@@ -81,6 +81,7 @@ PLANTED = {
     "sum_of_blocks": ("tsan", "data race"),
     "buffer_reuse": ("tsan", "data race"),
     "unwritten_shared": ("plain", "wrong result"),
+    "unwritten_result": ("plain", "wrong result"),
     "divergent_barrier": ("plain", "other threads of the block on line"),
     "divergent_ballot": ("plain", "waits for ever in"),
     "exited_lane": ("plain", "waits for lane 3, which has exited"),
@@ -104,7 +105,23 @@ def test_planted_bug_is_found_and_its_absence_is_silent(built, bug):
         assert code == 0, text
 
 
-def test_an_index_out_of_range_stops_the_kernel(built):
+@pytest.mark.parametrize(
+    "kernel, call, said",
+    [
+        ("pad", "bad_index", "index out of range"),
+        ("patch_gather", "bad_id", "id out of range"),
+        ("patch_gather", "negative_id", "id out of range"),
+        ("patch_gather", "bad_start", "cu_seqlens does not fit"),
+        ("patch_gather", "bad_end", "cu_seqlens does not fit"),
+        ("patch_gather", "negative_length", "cu_seqlens does not fit"),
+        ("patch_gather", "keep_too_long", "cu_keep does not fit"),
+        ("patch_gather", "negative_keep", "cu_keep does not fit"),
+        ("restore_rows", "bad_index", "index out of range"),
+        ("restore_rows", "bad_add_index", "add_index out of range"),
+        ("restore_rows", "bad_sorted_index", "row index is out of range"),
+    ],
+)
+def test_a_bad_value_stops_the_kernel(built, kernel, call, said):
     """What a GPU kernel cannot refuse, it asserts: nothing is read out of bounds."""
-    code, text = run(built("pad", "asan"), "bad_index")
-    assert code != 0 and "index out of range" in text, text
+    code, text = run(built(kernel, "asan"), call)
+    assert code != 0 and said in text, text
