@@ -8,12 +8,20 @@ maps of other libraries find them.
 from encfast.layers.attention import Attention, alibi_slopes
 from encfast.layers.block import Block, Stack
 from encfast.layers.cache import KVCache
-from encfast.layers.dropout import Dropout
+from encfast.layers.cross import CrossAttention
+from encfast.layers.dropout import Dropout, DropPath
 from encfast.layers.embed import Embeddings
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.norm import Norm
+from encfast.layers.patch import PatchEmbed
 from encfast.layers.pool import pool
+from encfast.layers.positions import (
+    FixedPositions,
+    LearnedPositions,
+    resize_positions,
+    sincos_positions,
+)
 from encfast.layers.relative import RelativeBias
 from encfast.layers.rotary import Rotary
 
@@ -22,11 +30,16 @@ __all__ = [
     "Attention",
     "Block",
     "ClassificationHead",
+    "CrossAttention",
+    "DropPath",
     "Dropout",
     "Embeddings",
+    "FixedPositions",
     "KVCache",
+    "LearnedPositions",
     "MaskedLMHead",
     "Norm",
+    "PatchEmbed",
     "RelativeBias",
     "Rotary",
     "SpanHead",
@@ -34,4 +47,6 @@ __all__ = [
     "activation",
     "alibi_slopes",
     "pool",
+    "resize_positions",
+    "sincos_positions",
 ]

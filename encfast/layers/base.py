@@ -65,8 +65,9 @@ def init_normal(module: nn.Module, std: float) -> None:
                 nn.init.normal_(child.weight, std=std)
                 _zero_row(child.weight, getattr(child, "padding_idx", None))
             drawn.add(id(child.weight))
-            if getattr(child, "bias", None) is not None:
-                nn.init.zeros_(child.bias)
+            for name, parameter in child.named_parameters(recurse=False):
+                if name != "weight":
+                    nn.init.zeros_(parameter)
         elif (
             child is not module
             and not isinstance(child, Model)

@@ -64,7 +64,8 @@ def check_geometry(op: str, shape: Sequence[int], patch: Sequence[int]) -> None:
 
 
 def num_patches(shape: Sequence[int], patch: Sequence[int]) -> int:
-    return math.prod(n // p for n, p in zip(shape[2:], patch, strict=True))
+    # A list: a generator of symbolic sizes does not trace.
+    return math.prod([n // p for n, p in zip(shape[2:], patch, strict=True)])
 
 
 def check_gather(image, ids, patch, scale, shift, dtype) -> None:
