@@ -10,25 +10,12 @@
 #include <vector>
 
 #include "bind/pool.h"
+#include "bind/row_index.h"
 #include "bind/tensor_util.h"
 #include "cpu/isa.h"
 
 namespace encfast {
 namespace {
-
-// Checks index [m] against `rows` rows, -1 allowed, and returns it contiguous.
-Tensor checked_index(const char* op, const Tensor& index, int64_t rows) {
-  check_cpu(op, "index", index);
-  check_dim(op, "index", index, 1);
-  check_dtype(op, "index", index, ScalarType::Long, "int64");
-  Tensor contiguous = torch::stable::contiguous(index);
-  const int64_t* values = contiguous.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < contiguous.size(0); ++i) {
-    STD_TORCH_CHECK(values[i] >= -1 && values[i] < rows, op, ": index holds ", values[i], " at ", i,
-                    ", expected -1..", rows - 1);
-  }
-  return contiguous;
-}
 
 // x with contiguous rows, as many bytes apart as its first stride says.
 Tensor checked_rows(const char* op, const Tensor& x) {
@@ -50,7 +37,7 @@ void gather(const Tensor& x, const int64_t* index, const Tensor& out) {
 Tensor gather_rows_cpu(const Tensor& x, const Tensor& index) {
   constexpr const char* kOp = "encfast::gather_rows";
   const Tensor rows = checked_rows(kOp, x);
-  const Tensor idx = checked_index(kOp, index, rows.size(0));
+  const Tensor idx = checked_index(kOp, "index", index, -1, rows.size(0));
   Tensor out = new_rows(rows, idx.size(0));
   gather(rows, idx.const_data_ptr<int64_t>(), out);
   return out;
@@ -88,25 +75,11 @@ SumType sum_type(const char* op, const Tensor& x) {
   }
 }
 
-// Counting sort: sources of result row r are order[begin[r]] .. order[begin[r + 1] - 1], ascending.
-void group_by_row(const int64_t* index, int64_t m, std::vector<int64_t>& begin,
-                  std::vector<int64_t>& order) {
-  for (int64_t i = 0; i < m; ++i) {
-    if (index[i] >= 0) ++begin[static_cast<size_t>(index[i]) + 1];
-  }
-  for (size_t r = 1; r < begin.size(); ++r) begin[r] += begin[r - 1];
-  order.resize(static_cast<size_t>(begin.back()));
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (int64_t i = 0; i < m; ++i) {
-    if (index[i] >= 0) order[static_cast<size_t>(next[static_cast<size_t>(index[i])]++)] = i;
-  }
-}
-
 Tensor scatter_rows_cpu(const Tensor& x, const Tensor& index, int64_t n) {
   constexpr const char* kOp = "encfast::scatter_rows";
   STD_TORCH_CHECK(n >= 0, kOp, ": n is ", n, ", expected >= 0");
   const Tensor rows = checked_rows(kOp, x);
-  const Tensor idx = checked_index(kOp, index, n);
+  const Tensor idx = checked_index(kOp, "index", index, -1, n);
   const int64_t m = idx.size(0);
   STD_TORCH_CHECK(m == rows.size(0), kOp, ": index has ", m, " entries, x has ", rows.size(0),
                   " rows");
@@ -117,11 +90,10 @@ Tensor scatter_rows_cpu(const Tensor& x, const Tensor& index, int64_t n) {
     gather(rows, inverse.data(), out);
     return out;
   }
-  std::vector<int64_t> begin(static_cast<size_t>(n) + 1), order;
-  group_by_row(values, m, begin, order);
+  const RowGroups groups(values, m, n);
   TorchPool pool;
   cpu_kernels().pad.sum_rows(
-      {sum_type(kOp, rows), rows.const_data_ptr(), begin.data(), order.data(),
+      {sum_type(kOp, rows), rows.const_data_ptr(), groups.begin.data(), groups.order.data(),
        out.mutable_data_ptr(), n, row_elements(rows), rows.stride(0)},
       pool.pool());
   return out;

@@ -8,6 +8,7 @@
 #include "glu.h"
 #include "packed_linear.h"
 #include "pad.h"
+#include "patch_gather.h"
 #include "rotary.h"
 #include "varlen_attn.h"
 
@@ -23,6 +24,7 @@
   X(Glu, glu)                    \
   X(PackedLinear, packed_linear) \
   X(Pad, pad)                    \
+  X(PatchGather, patch_gather)   \
   X(Rotary, rotary)              \
   X(VarlenAttn, varlen_attn)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ._checks import (
     FLOAT_DTYPES,
+    assert_on_device,
+    can_assert_values,
     can_read_values,
     check_cu_seqlens_values,
     check_device,
@@ -44,6 +46,10 @@ def check_counts(op, noise, cu_seqlens, cu_keep, keep) -> None:
                 f"{op}: keep is {int(cu_keep.diff()[b])} for sequence {b}, which has "
                 f"{int(cu_seqlens.diff()[b])} patches"
             )
+    elif can_assert_values(cu_keep):
+        assert_on_device(
+            cu_keep.diff() <= cu_seqlens.diff(), f"{op}: keep is more than a sequence has patches"
+        )
 
 
 def check_geometry(op: str, shape: Sequence[int], patch: Sequence[int]) -> None:

@@ -248,12 +248,16 @@ def select_patches(
 def _equal_sequences(noise: Tensor, keep: Any) -> tuple[Tensor, Tensor, Tensor, int]:
     check_tensor("select_patches", "noise", noise, 2, "[B, P], or [N] with cu_seqlens")
     batch, patches = noise.shape
+    _check_keep(keep, patches)
+    steps = torch.arange(batch + 1, dtype=torch.int32, device=noise.device)
+    return noise.flatten(), steps * patches, steps * keep, batch * keep
+
+
+def _check_keep(keep: object, patches: int) -> None:
     if not isinstance(keep, int | torch.SymInt) or isinstance(keep, bool):
         raise TypeError(f"select_patches: keep is {type(keep).__name__}, expected an int")
     if not 0 <= keep <= patches:
         raise ValueError(f"select_patches: keep is {keep}, expected 0..{patches}, the patches")
-    steps = torch.arange(batch + 1, dtype=torch.int32, device=noise.device)
-    return noise.flatten(), steps * patches, steps * keep, batch * keep
 
 
 def _running_sum(cu_seqlens: Tensor, keep: Any) -> tuple[Tensor, int]:

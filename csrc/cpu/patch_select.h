@@ -1,0 +1,173 @@
+// The `keep` least of a sequence's numbers, exactly, in one of two orders.
+//
+//   ordered   noise --> integer keys of the same order --> the keep-th smallest by bisection on the
+//             key's value, each step a vectorised count of keys below it --> one pass over the keys
+//   shuffled  (key, place) pairs --> stable radix sort, a byte of the key a pass
+//
+// A bisection ends as soon as a count is `keep`: about log2 of the patches steps where numbers
+// differ, 32 at most whatever they are. Keys of a sequence stay in L1 or L2 (4 bytes a patch; 20 in
+// the sort). No comparison of floats decides anything, so NaN and ties have one meaning everywhere.
+#pragma once
+#include "dtype.h"
+#include "patch_gather.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+constexpr int32_t kLastKey = INT32_MAX;
+
+// Integers in the order of the floats: -0 is 0, and every NaN is kLastKey.
+ENCFAST_INLINE IntVec keys_of(Vec noise) {
+  const IntVec bits = (IntVec)noise;
+  const IntVec magnitude = bits & INT32_MAX;
+  const IntVec nan = (IntVec)(magnitude > 0x7f800000);
+  const IntVec zero = (IntVec)(magnitude == 0);
+  const IntVec keys = bits ^ ((bits >> 31) & INT32_MAX);
+  return (keys & ~zero & ~nan) | (nan & kLastKey);
+}
+
+// Keys of n numbers, and kLastKey behind them up to a multiple of kCountStep.
+constexpr int64_t kCountStep = 4 * kW;
+
+void make_keys(const float* noise, int64_t n, int32_t* keys) {
+  int64_t i = 0;
+  for (; i + kW <= n; i += kW) store(keys + i, (Vec)keys_of(load(noise + i)));
+  if (i < n) {
+    constexpr DType kF32 = DType::kFloat32;
+    const int rest = static_cast<int>(n - i);
+    store_partial_as<kF32>(keys + i, (Vec)keys_of(load_partial_as<kF32>(noise + i, rest)), rest);
+  }
+  for (i = n; i % kCountStep; ++i) keys[i] = kLastKey;
+}
+
+// How many keys are at most `limit`, which is below kLastKey.
+int64_t count_up_to(const int32_t* keys, int64_t n, int32_t limit) {
+  const IntVec last = IntVec{} + limit;
+  IntVec counts[4] = {};
+  for (int64_t i = 0; i < n; i += kCountStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      counts[j] -= (IntVec)((IntVec)load(keys + i + j * kW) <= last);
+    }
+  }
+  const IntVec total = (counts[0] + counts[1]) + (counts[2] + counts[3]);
+  int64_t count = 0;
+  for (int lane = 0; lane < kW; ++lane) count += total[lane];
+  return count;
+}
+
+// Kept are the keys below `key`, and the first `ties` that equal it.
+struct Threshold {
+  int32_t key;
+  int64_t ties;
+};
+
+Threshold find_threshold(const int32_t* keys, int64_t n, int64_t keep) {
+  int64_t low = INT32_MIN, high = kLastKey;  // the keep-th smallest is in low..high
+  int64_t below = 0;                         // keys less than low
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    const int64_t count = count_up_to(keys, n, static_cast<int32_t>(middle));
+    if (count == keep) return {static_cast<int32_t>(middle), n};
+    if (count > keep) {
+      high = middle;
+    } else {
+      low = middle + 1;
+      below = count;
+    }
+  }
+  return {static_cast<int32_t>(low), keep - below};
+}
+
+// A sequence's share of the results.
+struct Selected {
+  int64_t first;  // id of its first patch
+  int64_t row;    // of its first visible patch
+  int64_t *visible, *hidden, *restore;
+};
+
+void write_ordered(const int32_t* keys, int64_t n, Threshold t, Selected to) {
+  int64_t ties = t.ties;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool equal = keys[i] == t.key;
+    const bool kept = (keys[i] < t.key) | (equal & (ties > 0));
+    ties -= equal;
+    int64_t* at = kept ? to.visible : to.hidden;
+    *at = to.first + i;
+    to.restore[i] = kept ? to.row : -1;
+    to.row += kept;
+    to.visible += kept;
+    to.hidden += !kept;
+  }
+}
+
+constexpr int kDigitBits = 8, kDigits = 4;
+constexpr int kBuckets = 1 << kDigitBits;
+
+ENCFAST_INLINE int digit_of(uint64_t pair, int digit) {
+  return static_cast<int>(pair >> (32 + digit * kDigitBits)) & (kBuckets - 1);
+}
+
+// Sorts pairs by their upper 32 bits, equals in their order. Returns where the result is: in
+// `pairs` or in `other`.
+uint64_t* sort_pairs(uint64_t* pairs, uint64_t* other, int64_t n) {
+  uint32_t counts[kDigits][kBuckets] = {};
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 4
+    for (int d = 0; d < kDigits; ++d) ++counts[d][digit_of(pairs[i], d)];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    if (counts[d][digit_of(pairs[0], d)] == n) continue;  // one digit for all
+    uint32_t place = 0;
+    for (uint32_t& count : counts[d]) {
+      const uint32_t here = count;
+      count = place;
+      place += here;
+    }
+    for (int64_t i = 0; i < n; ++i) other[counts[d][digit_of(pairs[i], d)]++] = pairs[i];
+    uint64_t* sorted = other;
+    other = pairs;
+    pairs = sorted;
+  }
+  return pairs;
+}
+
+void write_shuffled(const uint64_t* sorted, int64_t n, int64_t keep, Selected to) {
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t place = static_cast<uint32_t>(sorted[r]);
+    const bool kept = r < keep;
+    (kept ? to.visible[r] : to.hidden[r - keep]) = to.first + place;
+    to.restore[place] = kept ? to.row + r : -1;
+  }
+}
+
+void select_task(int64_t b, int slot, void* ctx) {
+  const SelectPatchesParams& p = *static_cast<const SelectPatchesParams*>(ctx);
+  const int64_t first = p.cu_seqlens[b], n = p.cu_seqlens[b + 1] - first;
+  const int64_t row = p.cu_keep[b], keep = p.cu_keep[b + 1] - row;
+  if (n == 0) return;
+  const Selected to{first, row, p.visible + row, p.hidden + (first - row), p.restore + first};
+  char* workspace = p.workspace + slot * p.workspace_stride;
+  if (p.ordered) {
+    int32_t* keys = reinterpret_cast<int32_t*>(workspace);
+    make_keys(p.noise + first, n, keys);
+    write_ordered(keys, n, find_threshold(keys, n, keep), to);
+    return;
+  }
+  uint64_t* pairs = reinterpret_cast<uint64_t*>(workspace);
+  uint64_t* other = pairs + n;
+  int32_t* keys = reinterpret_cast<int32_t*>(other + n);
+  make_keys(p.noise + first, n, keys);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = static_cast<uint32_t>(keys[i]) ^ 0x80000000u;  // unsigned, the same order
+    pairs[i] = static_cast<uint64_t>(key) << 32 | static_cast<uint64_t>(i);
+  }
+  write_shuffled(sort_pairs(pairs, other, n), n, keep, to);
+}
+
+void select_patches(const SelectPatchesParams& p, const Pool& pool) {
+  pool.run(pool.self, p.batch, select_task, const_cast<SelectPatchesParams*>(&p));
+}
+
+}  // namespace
+}  // namespace encfast::ENCFAST_ISA
