@@ -1,6 +1,7 @@
 """Data-loader helpers: packing plans, token-budget batches, collation, masking, patch masks."""
 
 from encfast.data.collate import PackedCollator
+from encfast.data.images import ImageBatch
 from encfast.data.mask_grids import (
     block_hidden,
     group_hidden,
@@ -15,6 +16,7 @@ from encfast.data.sampler import TokenBudgetSampler
 from encfast.data.text import TextBatch
 
 __all__ = [
+    "ImageBatch",
     "PackedCollator",
     "TextBatch",
     "TokenBudgetSampler",
