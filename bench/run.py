@@ -31,6 +31,7 @@ BENCHES = (
     "mae",
     "varlen_attn",
     "pad",
+    "patch_gather",
     "rotary",
     "add_norm",
     "glu",
