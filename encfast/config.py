@@ -13,6 +13,8 @@ Position = Literal["none", "alibi", "rope"]
 
 ConfigT = TypeVar("ConfigT")
 
+_DROPOUTS = ("attn_dropout", "attn_out_dropout", "mlp_dropout", "mlp_hidden_dropout")
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -43,7 +45,7 @@ class BlockConfig:
     rope_theta: float = 10_000.0  # base of the rotary frequencies, if position is "rope"
     softcap: float | None = None
 
-    qkv_bias: bool = True
+    qkv_bias: bool | Literal["qv"] = True  # "qv": on queries and values only (BEiT)
     out_bias: bool = True
     glu: bool = False  # act(a) * b with [a, b] from one matmul, a the first half
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
@@ -54,6 +56,9 @@ class BlockConfig:
     attn_out_dropout: float = 0.0  # probability in [0, 1), on the attention branch
     mlp_dropout: float = 0.0  # probability in [0, 1), on the MLP branch
     mlp_hidden_dropout: float = 0.0  # probability in [0, 1), inside the MLP, before its last matmul
+
+    layer_scale: float | None = None  # start of a learned factor per channel on both branches
+    drop_path: float = 0.0  # probability in [0, 1) that a sequence skips a branch
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.kv_heads
@@ -71,9 +76,11 @@ class BlockConfig:
             raise ValueError(f"window bounds must be >= -1 (-1: unlimited), got {self.window}")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"position='rope' needs an even head_dim, got {self.head_size}")
-        for name in ("attn_dropout", "attn_out_dropout", "mlp_dropout", "mlp_hidden_dropout"):
+        for name in (*_DROPOUTS, "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.qkv_bias not in (True, False, "qv"):
+            raise ValueError(f"qkv_bias must be True, False or 'qv', got {self.qkv_bias!r}")
 
     @property
     def kv_heads(self) -> int:
@@ -84,6 +91,15 @@ class BlockConfig:
     def head_size(self) -> int:
         """D, resolved."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+
+def with_drop_path(config: BlockConfig, rate: float, depth: int) -> list[BlockConfig]:
+    """``depth`` configs whose ``drop_path`` rises linearly from 0 to ``rate`` in the last block.
+
+    Source: Huang et al. 2016, arXiv 1603.09382, section 3, as DeiT and BEiT apply it.
+    """
+    steps = max(depth - 1, 1)
+    return [dataclasses.replace(config, drop_path=rate * i / steps) for i in range(depth)]
 
 
 def replace_fields(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:

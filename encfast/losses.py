@@ -198,3 +198,45 @@ def span_loss(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pixel_loss(
+    predicted: Tensor,
+    pixels: Tensor,
+    *,
+    normalise: bool = False,
+    unbiased: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Mean squared error of patches, of their pixels or of those normalised patch by patch.
+
+    Source: He et al., arXiv 2111.06377, section 4.1 (normalised targets).
+
+    Args:
+        predicted: ``[M, Q]``.
+        pixels: ``[M, Q]``: what stood in these patches.
+        normalise: compare with (pixels - mean) / sqrt(variance + eps) of each patch.
+        unbiased: divide the variance by Q - 1, as MAE's published code does.
+        eps: added to the variance.
+    """
+    error = _wide(predicted) - (
+        normalised_patches(pixels, unbiased=unbiased, eps=eps) if normalise else _wide(pixels)
+    )
+    return error.square().sum() / max(error.numel(), 1)
+
+
+def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
+    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider."""
+    mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
+    return (_wide(pixels) - mean) / deviation
+
+
+def patch_moments(
+    pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(variance + eps) of each patch ``[M, Q]``, ``[M, 1]`` each."""
+    pixels = _wide(pixels)
+    mean = pixels.mean(-1, keepdim=True)
+    # Not torch.var_mean, which warns where there are no patches.
+    squares = (pixels - mean).square().sum(-1, keepdim=True)
+    return mean, (squares / max(pixels.shape[-1] - int(unbiased), 1) + eps).sqrt()

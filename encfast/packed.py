@@ -176,6 +176,32 @@ class PackedBatch:
             )
         return PackedBatch(data, self.cu_seqlens, self.max_seqlen, self.indices, self.padded_shape)
 
+    def concat(self, other: PackedBatch) -> PackedBatch:
+        """Sequence by sequence, the rows of this batch followed by those of ``other``.
+
+        Args:
+            other: as many sequences, rows of the same shape and dtype.
+
+        Raises:
+            ValueError: if ``other`` has another number of sequences.
+        """
+        if other.batch_size != self.batch_size:
+            raise ValueError(
+                f"other has {other.batch_size} sequences, expected {self.batch_size} as here"
+            )
+        n = self.total + other.total
+        own, added = (torch.arange(b.total, device=self.device) for b in (self, other))
+        place = torch.cat(
+            (
+                own + other.cu_seqlens[self.segment_ids()],
+                added + self.cu_seqlens[other.segment_ids() + 1],
+            )
+        )  # [N]: where each row of the two goes
+        order = torch.empty_like(place).scatter_(0, place, torch.arange(n, device=self.device))
+        rows = ops.select_rows(torch.cat((self.data, other.data)), order)
+        bound = self.max_seqlen + other.max_seqlen
+        return PackedBatch(rows, self.cu_seqlens + other.cu_seqlens, bound)
+
     def select(self, rows: Tensor) -> Tensor:
         """``data[rows]`` as a row copy; duplicates add up in the gradient.
 
@@ -189,8 +215,11 @@ class PackedBatch:
 
     def segment_ids(self) -> Tensor:
         """int64 ``[N]``: the sequence each row belongs to."""
-        rows = torch.arange(self.total, dtype=torch.int32, device=self.device)
-        return torch.searchsorted(self.cu_seqlens[1:], rows, right=True)
+        return self.owners(torch.arange(self.total, dtype=torch.int32, device=self.device))
+
+    def owners(self, rows: Tensor) -> Tensor:
+        """int64 ``[M]``: the sequences that ``rows``, integers ``[M]`` in [0, N), belong to."""
+        return torch.searchsorted(self.cu_seqlens[1:], rows.int(), right=True)
 
     def positions(self) -> Tensor:
         """int64 ``[N]``: the position of each row in its sequence, from 0."""

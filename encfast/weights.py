@@ -26,22 +26,29 @@ class Tied:
         theirs: names elsewhere; several are concatenated along the first dimension (fused
         projections). transpose: theirs is stored transposed (GPT-2's Conv1D).
         sizes: rows of each of ``theirs``, where they are not equal parts.
+        shapes: of ours and of theirs, part by part, where they hold the same numbers in different
+            shapes (a convolution over patches and its flattened form).
     """
 
     ours: str
     theirs: tuple[str, ...]
     transpose: bool = False
     sizes: tuple[int, ...] | None = None
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Our tensor from theirs."""
         parts = [tensors[name] for name in self.theirs]
+        if self.shapes is not None and all(p.shape == self.shapes[1] for p in parts):
+            parts = [p.reshape(self.shapes[0]) for p in parts]
         parts = [p.t() if self.transpose else p for p in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def part(self, ours: Tensor) -> dict[str, Tensor]:
         """Their tensors from ours."""
         parts = ours.split(self.sizes) if self.sizes else ours.chunk(len(self.theirs))
+        if self.shapes is not None:
+            parts = tuple(p.reshape(self.shapes[1]) for p in parts)
         return {
             name: (p.t() if self.transpose else p).contiguous()
             for name, p in zip(self.theirs, parts, strict=True)

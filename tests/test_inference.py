@@ -13,8 +13,9 @@ from torch import nn
 
 import encfast
 from encfast import PackedBatch, ops
+from encfast.config import BlockConfig
 from encfast.inference import compile_encoder
-from encfast.layers import pool
+from encfast.layers import Block, pool
 
 from .models.common import assert_parity, random_tokens
 
@@ -30,8 +31,9 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled library is no
 every_dtype = pytest.mark.parametrize(
     "dtype", (FP32, BF16, INT8), ids=lambda d: str(d).removeprefix("torch.")
 )
+SERVED = ("bert_family", "ettin", "mosaicbert")
 # Registered tiny models, and what their switches leave out.
-MODELS = {name: {} for name in encfast.list_models("*/tiny*")} | {
+MODELS = {name: {} for system in SERVED for name in encfast.list_models(f"{system}/tiny*")} | {
     "bert_family/tiny:roberta": {"position_offset": 2, "num_segments": 1, "norm_eps": 1e-5},
     "bert_family/tiny:gpt1": {
         "task": "causal-lm",
@@ -308,6 +310,8 @@ def test_describes_what_runs(dtype):
         (lambda m: replace(m, "embed.norm", nn.LayerNorm(128)), "embed.norm is a .*LayerNorm"),
         (lambda m: activate(m, torch.tanh), "blocks.1.mlp.act is .*tanh"),
         (lambda m: hooked(m, "stack.blocks.0"), "stack.blocks.0 has forward hooks"),
+        (lambda m: optioned(m, layer_scale=0.1), "stack.blocks.1 has LayerScale"),
+        (lambda m: optioned(m, qkv_bias="qv"), "blocks.1.attn.qkv is a .*QVBiasLinear"),
     ],
 )
 @pytest.mark.quick
@@ -321,6 +325,12 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
     return model
+
+
+def optioned(model: nn.Module, **options) -> nn.Module:
+    block = model.stack.blocks[1]
+    sizes = block.norm1.dim, block.attn.num_heads, block.mlp.down.in_features
+    return replace(model, "stack.blocks.1", Block(BlockConfig(*sizes, **options)))
 
 
 def activate(model: nn.Module, function) -> nn.Module:

@@ -1,11 +1,17 @@
 // encfast._host: planning on NumPy arrays for data-loader workers, without PyTorch.
-// Arguments were checked by encfast/data/packing.py, whose NumPy versions give equal results.
+// Arguments were checked by encfast/data/packing.py and mask_grids.py, whose NumPy versions give
+// equal results.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
+#include "masks.h"
 #include "packing.h"
 
 namespace py = pybind11;
+using BoolArray = py::array_t<bool, py::array::c_style>;
+using SeedArray = py::array_t<uint64_t, py::array::c_style>;
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
 
 namespace {
@@ -34,11 +40,43 @@ Int64Array batch_starts(const Int64Array& lengths, int64_t max_tokens, double ma
   return to_numpy(starts);
 }
 
+// One row of the result per seed; fill(seed, row) finds its row all 0.
+template <typename Fill>
+BoolArray masks(const SeedArray& seeds, int64_t patches, Fill fill) {
+  BoolArray out({seeds.size(), static_cast<py::ssize_t>(patches)});
+  static_assert(sizeof(bool) == sizeof(uint8_t), "NumPy's bool is a byte");
+  uint8_t* rows = reinterpret_cast<uint8_t*>(out.mutable_data());
+  py::gil_scoped_release nogil;
+  std::fill_n(rows, seeds.size() * patches, uint8_t{0});
+  for (py::ssize_t i = 0; i < seeds.size(); ++i) fill(seeds.data()[i], rows + i * patches);
+  return out;
+}
+
+BoolArray random_masks(const SeedArray& seeds, int64_t patches, int64_t keep) {
+  return masks(seeds, patches, [=](uint64_t seed, uint8_t* row) {
+    encfast::random_mask(seed, patches, keep, row);
+  });
+}
+
+BoolArray block_masks(const SeedArray& seeds, int64_t height, int64_t width, int64_t keep,
+                      int64_t min_patches, int64_t max_patches, double min_aspect) {
+  const int64_t patches = height * width;
+  const encfast::BlockRule rule{height,      width,       patches - keep,
+                                min_patches, max_patches, min_aspect};
+  return masks(seeds, patches,
+               [=](uint64_t seed, uint8_t* row) { encfast::block_mask(seed, rule, row); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Packing and batching plans on NumPy arrays; use encfast.data.";
+  m.doc() = "Packing plans and masks on NumPy arrays; use encfast.data.";
   m.def("first_fit", &first_fit, py::arg("lengths").noconvert(), py::arg("capacity"));
   m.def("batch_starts", &batch_starts, py::arg("lengths").noconvert(), py::arg("max_tokens"),
         py::arg("max_padding"), py::arg("max_sequences"));
+  m.def("random_masks", &random_masks, py::arg("seeds").noconvert(), py::arg("patches"),
+        py::arg("keep"));
+  m.def("block_masks", &block_masks, py::arg("seeds").noconvert(), py::arg("height"),
+        py::arg("width"), py::arg("keep"), py::arg("min_patches"), py::arg("max_patches"),
+        py::arg("min_aspect"));
 }

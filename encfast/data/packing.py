@@ -17,14 +17,15 @@ Lengths = Sequence[int] | npt.NDArray[np.integer]
 _MOST = 2**31 - 1  # cu_seqlens are int32
 
 
-def _import_host() -> ModuleType | None:
+def import_host() -> ModuleType | None:
+    """The compiled helpers, or None where they were not built."""
     try:
         return importlib.import_module("encfast._host")
     except ImportError:
         return None
 
 
-_host = _import_host()
+_host = import_host()
 
 
 def pack_ffd(lengths: Lengths, capacity: int) -> list[IntArray]:

@@ -187,6 +187,11 @@ class BlockCall:
         block = expect(name, module, Block)
         attn = expect(f"{name}.attn", block.attn, Attention)
         mlp = expect(f"{name}.mlp", block.mlp, MLP)
+        if block.scale1 is not None or block.scale2 is not None:
+            raise NotImplementedError(
+                f"compile_encoder: {name} has LayerScale, which packed blocks do not apply; call "
+                "the model itself"
+            )
         for drop in ("attn_drop", "mlp_drop", "mlp.drop"):
             expect(f"{name}.{drop}", block.get_submodule(drop), Dropout)
         if mlp.act not in _ACTIVATIONS:

@@ -9,13 +9,21 @@ from encfast.layers.attention import Attention, alibi_slopes
 from encfast.layers.batchnorm import BatchNorm, checkpointed
 from encfast.layers.block import Block, Stack
 from encfast.layers.cache import KVCache
-from encfast.layers.dropout import Dropout
+from encfast.layers.cross import CrossAttention
+from encfast.layers.dropout import Dropout, DropPath
 from encfast.layers.embed import Embeddings
 from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.norm import Norm
+from encfast.layers.patch import PatchEmbed
 from encfast.layers.pool import pool
+from encfast.layers.positions import (
+    FixedPositions,
+    LearnedPositions,
+    resize_positions,
+    sincos_positions,
+)
 from encfast.layers.relative import RelativeBias
 from encfast.layers.rotary import Rotary
 
@@ -25,15 +33,20 @@ __all__ = [
     "BatchNorm",
     "Block",
     "ClassificationHead",
+    "CrossAttention",
+    "DropPath",
     "Dropout",
     "Embeddings",
+    "FixedPositions",
     "GATLayer",
     "GCNLayer",
     "GINLayer",
     "Graph",
     "KVCache",
+    "LearnedPositions",
     "MaskedLMHead",
     "Norm",
+    "PatchEmbed",
     "RelativeBias",
     "Rotary",
     "SpanHead",
@@ -42,4 +55,6 @@ __all__ = [
     "alibi_slopes",
     "checkpointed",
     "pool",
+    "resize_positions",
+    "sincos_positions",
 ]

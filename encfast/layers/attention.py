@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
@@ -25,6 +26,26 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (k + 1) / c) for k in range(c)]
     between = [2.0 ** (-8.0 * (k + 1) / (2 * c)) for k in range(0, 2 * c, 2)]
     return torch.tensor((slopes + between)[:num_heads], dtype=torch.float32)
+
+
+class QVBiasLinear(nn.Linear):
+    """The fused projection of q, k and v whose k part has no bias (BEiT, arXiv 2106.08254).
+
+    Args:
+        in_features: C.
+        sizes: rows of q, of k and of v.
+    """
+
+    def __init__(self, in_features: int, sizes: tuple[int, int, int], **factory: Any) -> None:
+        super().__init__(in_features, sum(sizes), bias=False, **factory)
+        self.q_bias = nn.Parameter(torch.zeros(sizes[0], **factory))
+        self.k_size = sizes[1]
+        self.v_bias = nn.Parameter(torch.zeros(sizes[2], **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C]`` -> ``[N, sum(sizes)]``."""
+        bias = torch.cat((self.q_bias, self.q_bias.new_zeros(self.k_size), self.v_bias))
+        return F.linear(x, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -54,8 +75,13 @@ class Attention(nn.Module):
         self.head_dim = config.head_size
         self.causal, self.window, self.softcap = config.causal, config.window, config.softcap
         self.attn_dropout = config.attn_dropout
-        rows = (self.num_heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.dim, rows, bias=config.qkv_bias, **factory)
+        heads = (self.num_heads, self.kv_heads, self.kv_heads)
+        q, k, v = (n * self.head_dim for n in heads)
+        self.qkv: nn.Linear
+        if config.qkv_bias == "qv":
+            self.qkv = QVBiasLinear(config.dim, (q, k, v), **factory)
+        else:
+            self.qkv = nn.Linear(config.dim, q + k + v, bias=bool(config.qkv_bias), **factory)
         self.out = nn.Linear(
             self.num_heads * self.head_dim, config.dim, bias=config.out_bias, **factory
         )

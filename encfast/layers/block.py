@@ -13,7 +13,7 @@ from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.attention import Attention
 from encfast.layers.cache import KVCache
-from encfast.layers.dropout import Dropout
+from encfast.layers.dropout import Dropout, DropPath, StaticFloat
 from encfast.layers.mlp import MLP
 from encfast.layers.norm import Norm
 from encfast.layers.rotary import Rotary
@@ -25,7 +25,14 @@ class Block(nn.Module):
 
     - post: ``x = norm1(x + attn(x)); x = norm2(x + mlp(x))`` (BERT, GPT-1);
     - pre: ``x = x + attn(norm1(x)); x = x + mlp(norm2(x))`` (GPT-2, ModernBERT).
+
+    With ``layer_scale`` each branch has a learned factor per channel, ``scale1`` and ``scale2``
+    (Touvron et al. 2021, arXiv 2103.17239); with ``drop_path`` a sequence may skip it in training.
     """
+
+    scale1: nn.Parameter | None
+    scale2: nn.Parameter | None
+    layer_scale = StaticFloat()
 
     def __init__(
         self,
@@ -43,6 +50,20 @@ class Block(nn.Module):
         self.norm2 = _norm(config, **factory)
         self.attn_drop = Dropout(config.attn_out_dropout)
         self.mlp_drop = Dropout(config.mlp_dropout)
+        self.drop_path1, self.drop_path2 = DropPath(config.drop_path), DropPath(config.drop_path)
+        self.layer_scale = config.layer_scale
+        for name in ("scale1", "scale2"):
+            scale = None
+            if config.layer_scale is not None:
+                scale = nn.Parameter(torch.empty(config.dim, **factory))
+            self.register_parameter(name, scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fills the factors of LayerScale (the modules reset themselves)."""
+        for scale in (self.scale1, self.scale2):
+            if scale is not None:
+                nn.init.constant_(scale, self.layer_scale)
 
     def forward(
         self,
@@ -74,21 +95,30 @@ class Block(nn.Module):
         heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
         if rows is not None:
             x, heads = ops.gather_rows(x, rows), ops.gather_rows(heads, rows)
-        branch = self.attn_drop(self.attn.out(heads))
+        branch = self.drop_path1(self.attn_drop(self.attn.out(heads)), batch, rows)
         if self.post:
-            x = _norm_of_sum(self.norm1, branch, x)
-            return _norm_of_sum(self.norm2, self.mlp_drop(self.mlp(x)), x)
+            x = _norm_of_sum(self.norm1, branch, x, self.scale1)
+            return _norm_of_sum(self.norm2, self._mlp_branch(x, batch, rows), x, self.scale2)
         if isinstance(self.norm2, Norm):
-            normed, x = self.norm2(branch, x, return_sum=True)
+            normed, x = self.norm2(branch, x, branch_scale=self.scale1, return_sum=True)
         else:
-            x = x + branch
+            x = _sum(branch, x, self.scale1)
             normed = self.norm2(x)
-        return x + self.mlp_drop(self.mlp(normed))
+        return _sum(self._mlp_branch(normed, batch, rows), x, self.scale2)
+
+    def _mlp_branch(self, x: Tensor, batch: PackedBatch, rows: Tensor | None) -> Tensor:
+        return self.drop_path2(self.mlp_drop(self.mlp(x)), batch, rows)
 
 
-def _norm_of_sum(norm: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+def _sum(branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+    return x + (branch if scale is None else scale.to(branch.dtype) * branch)
+
+
+def _norm_of_sum(norm: nn.Module, branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
     """Also for an identity, or a norm that was put in Norm's place."""
-    return norm(branch, x) if isinstance(norm, Norm) else norm(x + branch)
+    if isinstance(norm, Norm):
+        return norm(branch, x, branch_scale=scale)
+    return norm(_sum(branch, x, scale))
 
 
 def _norm(config: BlockConfig, **factory: Any) -> Norm:

@@ -68,18 +68,25 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, return_sum: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        branch_scale: Tensor | None = None,
+        return_sum: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Norm of ``x`` or, in one pass where that is served, of ``residual + x``.
+        """Norm of ``x`` or, in one pass where that is served, of ``residual + branch_scale * x``.
 
         Args:
             x: ``[..., dim]``; with ``residual``, the branch that is added to it.
             residual: of x's shape, or None.
-            return_sum: also return ``residual + x``, as a pre-norm block hands it on.
+            branch_scale: ``[dim]``, the factors of LayerScale; None: 1.
+            return_sum: also return the sum, as a pre-norm block hands it on.
         """
         if residual is not None and self._fuses(x, residual):
-            return self._fused(x, residual, return_sum)
-        total = x if residual is None else residual + x
+            return self._fused(x, residual, branch_scale, return_sum)
+        branch = x if branch_scale is None else branch_scale.to(x.dtype) * x
+        total = branch if residual is None else residual + branch
         y = self._alone(total)
         return (y, total) if return_sum else y
 
@@ -114,14 +121,21 @@ class Norm(nn.Module):
         return low is None or low == torch.promote_types(x.dtype, residual.dtype)
 
     def _fused(
-        self, x: Tensor, residual: Tensor, return_sum: bool
+        self, x: Tensor, residual: Tensor, branch_scale: Tensor | None, return_sum: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         low = self._low_dtype(x)
         weight, bias = (
             p if p is None or low is None else p.to(low) for p in (self.weight, self.bias)
         )
         return ops.add_norm(
-            x, residual, weight, bias, kind=self.kind, eps=self.eps, return_sum=return_sum
+            x,
+            residual,
+            weight,
+            bias,
+            branch_scale=branch_scale,
+            kind=self.kind,
+            eps=self.eps,
+            return_sum=return_sum,
         )
 
     def _normalise(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from encfast.layers.exact import ExactBuffers
 
 
-class Rotary(nn.Module):
+class Rotary(ExactBuffers):
     """Tables cos and sin of the rotation angles ``position * theta^(-2i/D)``.
 
     Frequencies, angles and tables are fp32 whatever dtype the model has: at position 8000 bf16
@@ -39,13 +39,6 @@ class Rotary(nn.Module):
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
         with torch.no_grad():
             self.inv_freq.copy_(1.0 / self.theta**exponent)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
-        exact = self.inv_freq
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:  # model.to(torch.bfloat16) has rounded them
-            self.inv_freq = exact.to(self.inv_freq.device)
-        return self
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 ``[N, D / 2]``, for integer ``positions`` ``[N]``."""

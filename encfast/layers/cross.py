@@ -1,0 +1,101 @@
+"""Multi-head cross-attention: queries of one packed batch, keys and values of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encfast import ops
+from encfast.config import BlockConfig
+from encfast.layers.dropout import StaticFloat
+from encfast.packed import PackedBatch
+
+
+class CrossAttention(nn.Module):
+    """Sequence b of the queries attends to sequence b of the context.
+
+    Args:
+        config: uses dim, num_heads, num_kv_heads, head_dim, softcap, attn_dropout and the biases;
+            ``qkv_bias="qv"`` leaves out that of the keys.
+        context_dim: channels of the context; None: dim.
+
+    Raises:
+        ValueError: for a causal config, windows or positions, which say nothing between two
+            sequences.
+    """
+
+    softcap = StaticFloat()
+    attn_dropout = StaticFloat()
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        context_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.causal or config.window != (-1, -1) or config.position != "none":
+            raise ValueError(
+                "cross-attention has no order of rows, got "
+                f"causal={config.causal}, window={config.window}, position={config.position!r}"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.head_dim, self.softcap = config.head_size, config.softcap
+        self.attn_dropout = config.attn_dropout
+        rows, kv_rows = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        context_dim = config.dim if context_dim is None else context_dim
+        biased = config.qkv_bias is not False
+        self.q = nn.Linear(config.dim, rows, bias=biased, **factory)
+        self.k = nn.Linear(context_dim, kv_rows, bias=config.qkv_bias is True, **factory)
+        self.v = nn.Linear(context_dim, kv_rows, bias=biased, **factory)
+        self.out = nn.Linear(rows, config.dim, bias=config.out_bias, **factory)
+
+    def forward(
+        self,
+        queries: PackedBatch,
+        context: PackedBatch,
+        *,
+        values: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Rows ``[N, C]`` of the queries -> ``[N, C]``.
+
+        Args:
+            queries: ``[N, C]``, B sequences.
+            context: ``[Nk, Ck]``, as many sequences; an empty one yields the output's bias.
+            values: ``[Nk, Ck]``: what values are projected from, where that is not what keys are
+                (CAE norms the two apart); None: the context.
+            query_positions, key_positions: ``[N, C]`` and ``[Nk, Ck]``, added to the input of q
+                and of k, not of v.
+
+        Raises:
+            ValueError: if the batches have different numbers of sequences.
+        """
+        if context.batch_size != queries.batch_size:
+            raise ValueError(
+                f"context has {context.batch_size} sequences, the queries {queries.batch_size}"
+            )
+        q_rows = queries.data if query_positions is None else queries.data + query_positions
+        k_rows = context.data if key_positions is None else context.data + key_positions
+        v_rows = context.data if values is None else values
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim))
+            for layer, x in ((self.q, q_rows), (self.k, k_rows), (self.v, v_rows))
+        )  # [N, H, D], [Nk, Hk, D] twice
+        out = ops.varlen_attn(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            cu_seqlens_k=context.cu_seqlens,
+            max_seqlen_q=queries.max_seqlen,
+            max_seqlen_k=context.max_seqlen,
+            softcap=self.softcap,
+            dropout_p=(self.attn_dropout or None) if self.training else None,
+        )  # [N, H, D]
+        return self.out(out.flatten(1))
