@@ -28,8 +28,10 @@ HERE = Path(__file__).resolve().parent
 BENCHES = (
     "encoder",
     "training",
+    "mae",
     "varlen_attn",
     "pad",
+    "patch_gather",
     "rotary",
     "add_norm",
     "glu",

@@ -5,7 +5,7 @@
 //             axes join. Without a conversion it goes to the row at once, else over a buffer of one
 //             row in L1, whose vectors do not care for the patch's size.
 //   restore   (x[index[i]], or fill) + add[add_index[i]] --> out[i], one row at a time in vectors;
-//             where nothing is added each row is one memcpy
+//             where nothing is added rows are copied
 //   backward  rows of dout added to their row of dadd (fp32, in L1), hidden ones also to the task's
 //             partial sum of dfill
 //
@@ -19,6 +19,7 @@
 #include "patch_gather.h"
 
 #include "columns.h"
+#include "copy_row.h"
 #include "isa.h"
 #include "patch_select.h"
 
@@ -262,10 +263,13 @@ template <DType kX>
 void copy_task(int64_t task, int, void* ctx) {
   const RestoreRowsParams& p = *static_cast<const RestoreRowsParams*>(ctx);
   const RowRange rows = rows_of_task(p.M, p.rows_per_task, task);
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
+  const auto source = [&](int64_t i) {
     const int64_t from = p.index[i];
-    const void* source = from < 0 ? p.fill_row : row_of<kX>(p.x, from);
-    std::memcpy(row_of<kX>(p.out, i), source, p.C * element_bytes(kX));
+    return from < 0 ? static_cast<const char*>(p.fill_row) : row_of<kX>(p.x, from);
+  };
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const int64_t next = i + 1 < rows.end ? i + 1 : i;
+    copy_row(row_of<kX>(p.out, i), source(i), source(next), p.C * element_bytes(kX));
   }
 }
 

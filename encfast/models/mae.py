@@ -84,7 +84,8 @@ class MaeConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         keep_count(self.num_patches, self.mask_ratio)
-        self.encoder_blocks(), self.decoder_block()
+        self.encoder_blocks()
+        self.decoder_block()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -401,7 +402,7 @@ VARIANTS = {
         num_heads=4,
         ffn_dim=96,
         decoder_dim=32,
-        decoder_depth=2,
+        decoder_depth=1,
         decoder_heads=2,
         decoder_ffn_dim=64,
         num_labels=10,
