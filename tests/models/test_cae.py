@@ -18,6 +18,7 @@ from . import dense_cae
 from .common import assert_compiles, assert_parity
 from .dense_cae import DenseCae
 
+DEEP = {"regressor_depth": 2, "decoder_depth": 2}
 V2 = {"objective": "features", "decoder_depth": 0}
 PATCHES = 24  # of tiny
 
@@ -27,7 +28,7 @@ def tiny(**overrides) -> Cae:
 
 
 def twins(**overrides) -> tuple[Cae, DenseCae]:
-    model = tiny(**overrides)
+    model = tiny(**DEEP | overrides)
     dense = DenseCae(model.config)
     weights.load(model, dense.state_dict(), model.reference_names())
     return model, dense
@@ -312,7 +313,7 @@ def test_loss_is_cross_entropy_and_twice_the_alignment():
     for term in (loss.tokens, loss.alignment):
         grads = torch.autograd.grad(term, encoder, retain_graph=True)
         assert all(g.abs().max() > 0 for g in grads)
-    weighted = tiny(alignment_weight=0.5)
+    weighted = tiny(**DEEP, alignment_weight=0.5)
     weighted.load_state_dict(model.state_dict())
     expected = loss.tokens + 0.5 * loss.alignment
     assert_parity("total", weighted.loss(batch).total, expected, tolerance=1e-6)
@@ -321,7 +322,7 @@ def test_loss_is_cross_entropy_and_twice_the_alignment():
 @pytest.mark.quick
 def test_the_target_passes_drop_path_while_training():
     """As in the published code, whose copy of the encoder is in training mode."""
-    model = tiny(drop_path=0.5, layer_scale=1.0)
+    model = tiny(**DEEP, drop_path=0.5, layer_scale=1.0)
     batch = drawn(model)
     blocks = model.regressor.blocks
     assert [b.drop_path1.p for b in model.encoder.stack.blocks] == [0.0, 0.5]
@@ -493,7 +494,7 @@ def test_weights_start_from_the_published_distributions():
     assert 0.95 * bound < weight.abs().max() <= bound
     for small in (model.encoder.embed.proj.weight, model.regressor.mask_token):
         assert 0.015 < small.abs().max() <= 0.02
-    scaled = tiny(dim=96, decoder_dim=96, scaled_init=True)
+    scaled = tiny(**DEEP, dim=96, decoder_dim=96, scaled_init=True)
     parts = scaled.encoder.stack, scaled.regressor, scaled.decoder.stack
     for blocks in (part.blocks for part in parts):
         for i, block in enumerate(blocks):
@@ -530,7 +531,7 @@ def test_errors_name_what_is_wrong():
         tiny(pooling="attentive")
     with pytest.raises(ValueError, match="task 'probe' is unknown; did you mean 'probing'"):
         tiny(task="probe")
-    with pytest.raises(ValueError, match="decoder_depth=2 does not go with objective 'features'"):
+    with pytest.raises(ValueError, match="decoder_depth=1 does not go with objective 'features'"):
         tiny(objective="features")
     with pytest.raises(ValueError, match=r"image_size is \(24, 18\), expected multiples of \(4"):
         tiny(image_size=(24, 18))
@@ -561,8 +562,8 @@ def test_without_hidden_patches_nothing_is_lost():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [V2, {"task": "classification"}, {"task": "probing", "pooling": "attentive"}],
-    ids=["features", "classification", "attentive"],
+    [DEEP, V2, {"task": "classification"}],
+    ids=["tokens", "features", "classification"],
 )
 def test_compiles_without_a_break(overrides):
     model = tiny(**overrides)

@@ -24,10 +24,10 @@ def one_thread():
 
 
 def digits() -> torch.Tensor:
-    """fp32 [1797, 1, 24, 24] with mean 0 and deviation 1."""
+    """fp32 [1797, 1, 16, 16] with mean 0 and deviation 1."""
     datasets = pytest.importorskip("sklearn.datasets")
     images = torch.from_numpy(datasets.load_digits().images).float()[:, None]
-    images = F.interpolate(images, scale_factor=3, mode="bilinear", align_corners=False)
+    images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
     return (images - images.mean()) / images.std()
 
 
@@ -43,24 +43,26 @@ def evaluated(model: Cae, batch: ImageBatch) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_learns_the_tokens_of_hidden_patches(one_thread):
-    """Better than the most frequent token, and rising; the alignment error falls meanwhile."""
+    """Better than the most frequent token; the alignment error falls meanwhile."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = digits()
     pixels = ops.gather_patches(images, None, (4, 4))
     codebook = PatchCodebook.k_means(pixels, 64, steps=10, generator=generator)
-    ids = codebook(pixels).view(len(images), 36)
+    ids = codebook(pixels).view(len(images), 16)
     model = encfast.create(
         "cae/tiny",
-        image_size=(24, 24),
+        image_size=(16, 16),
         channels=1,
         pixel_mean=(0.0,),
         pixel_std=(1.0,),
         dim=64,
-        depth=3,
-        ffn_dim=256,
+        ffn_dim=128,
+        regressor_depth=2,
+        decoder_depth=2,
         decoder_dim=64,
-        decoder_ffn_dim=256,
+        decoder_heads=4,
+        decoder_ffn_dim=128,
     )
 
     def batch(chosen: torch.Tensor) -> ImageBatch:
@@ -68,23 +70,20 @@ def test_learns_the_tokens_of_hidden_patches(one_thread):
         return ImageBatch(images[chosen], mask, ids[chosen].flatten()[mask.hidden])
 
     held_out = batch(torch.arange(1536, 1797))
-    share = ids.flatten().bincount(minlength=64).max().item() / ids.numel()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    history = []
-    for step in range(400):
-        if step % 100 == 0:
-            history.append(evaluated(model, held_out))
+    share = held_out.targets.bincount().max().item() / len(held_out.targets)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    history = [evaluated(model, held_out)]
+    for _ in range(100):
         optimizer.zero_grad()
-        model.loss(batch(torch.randint(1536, (32,), generator=generator))).total.backward()
+        model.loss(batch(torch.randint(1536, (64,), generator=generator))).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
     history.append(evaluated(model, held_out))
     accuracy, alignment = zip(*history, strict=True)
     print(f"most frequent token {share:.3f}, accuracy {accuracy}, alignment {alignment}")
-    assert accuracy[-1] >= 3 / 64, "three times chance"
-    assert accuracy[-1] > 1.2 * share, "a constant guess is nearly as good"
-    assert accuracy[-1] > accuracy[1] > accuracy[0]
-    assert alignment[-1] < 0.5 * alignment[0]
+    assert accuracy[1] >= 3 / 64 > accuracy[0], "three times chance"
+    assert accuracy[1] > share, "a constant guess is as good"
+    assert alignment[1] < 0.5 * alignment[0]
 
 
 @pytest.mark.slow
