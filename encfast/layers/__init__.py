@@ -26,6 +26,7 @@ from encfast.layers.positions import (
 )
 from encfast.layers.relative import RelativeBias
 from encfast.layers.rotary import Rotary
+from encfast.layers.vit import PatchEncoder
 
 __all__ = [
     "MLP",
@@ -47,6 +48,7 @@ __all__ = [
     "MaskedLMHead",
     "Norm",
     "PatchEmbed",
+    "PatchEncoder",
     "RelativeBias",
     "Rotary",
     "SpanHead",

@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encfast.layers.block import Stack
-
 
 class Model(nn.Module):
     """Base of the models: checkpointing switches, input embeddings, deferred initialisation.
@@ -32,8 +30,9 @@ class Model(nn.Module):
         self._set_checkpointing(False)
 
     def _set_checkpointing(self, on: bool) -> None:
+        module: Any
         for module in self.modules():
-            if isinstance(module, Stack):
+            if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = on
 
     def reset_parameters(self) -> None:
