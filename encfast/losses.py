@@ -17,14 +17,22 @@ from encfast.packed import PackedBatch
 IGNORE = -100  # torch's and transformers' label for "predict nothing here"
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy over the rows whose target is not -100; 0 if there is none.
 
     Args:
         logits: ``[M, V]``.
         targets: int64 ``[M]`` in [0, V), or -100.
+        label_smoothing: share of each target that is spread over all V (Szegedy et al., arXiv
+            1512.00567, section 7).
     """
-    total = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(
+        _wide(logits),
+        targets,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
@@ -67,13 +75,16 @@ def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None =
     return cross_entropy(logits, next_tokens(tokens, labels))
 
 
-def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, kept: Tensor | None = None, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross entropy for integer labels, mean squared error for floating ones (regression).
 
     Args:
         logits: ``[M, K]``; for regression K = 1 or the shape of ``labels``.
         labels: int64 ``[M]`` in [0, K) or -100; or floating ``[M]`` or ``[M, K]``.
         kept: bool ``[M]``: leave out rows where it is False (e.g. of empty sequences).
+        label_smoothing: of integer labels, as in :func:`cross_entropy`.
 
     Raises:
         ValueError: if floating labels do not have the shape of the predictions.
@@ -81,7 +92,8 @@ def classification_loss(logits: Tensor, labels: Tensor, kept: Tensor | None = No
     if kept is None:
         kept = torch.ones(labels.shape[:1], dtype=torch.bool, device=labels.device)
     if not labels.is_floating_point():
-        return cross_entropy(logits, labels.masked_fill(~kept, IGNORE))
+        targets = labels.masked_fill(~kept, IGNORE)
+        return cross_entropy(logits, targets, label_smoothing=label_smoothing)
     predicted = logits.squeeze(-1) if labels.dim() == 1 and logits.shape[-1] == 1 else logits
     if predicted.shape != labels.shape:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Data-loader helpers: packing plans, token-budget batches, collation, masking, patch masks."""
 
+from encfast.data.clips import ClipBatch
 from encfast.data.collate import PackedCollator
 from encfast.data.mask_grids import (
     block_hidden,
@@ -15,6 +16,7 @@ from encfast.data.sampler import TokenBudgetSampler
 from encfast.data.text import TextBatch
 
 __all__ = [
+    "ClipBatch",
     "PackedCollator",
     "TextBatch",
     "TokenBudgetSampler",
