@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 BENCHES = (
     "encoder",
     "training",
+    "mae",
     "varlen_attn",
     "pad",
     "rotary",

@@ -155,3 +155,35 @@ def span_loss(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pixel_loss(
+    predicted: Tensor,
+    pixels: Tensor,
+    *,
+    normalise: bool = False,
+    unbiased: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Mean squared error of patches, of their pixels or of those normalised patch by patch.
+
+    Source: He et al., arXiv 2111.06377, section 4.1 (normalised targets).
+
+    Args:
+        predicted: ``[M, Q]``.
+        pixels: ``[M, Q]``: what stood in these patches.
+        normalise: compare with (pixels - mean) / sqrt(variance + eps) of each patch.
+        unbiased: divide the variance by Q - 1, as MAE's published code does.
+        eps: added to the variance.
+    """
+    error = _wide(predicted) - (
+        normalised_patches(pixels, unbiased=unbiased, eps=eps) if normalise else _wide(pixels)
+    )
+    return error.square().sum() / max(error.numel(), 1)
+
+
+def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
+    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider."""
+    pixels = _wide(pixels)
+    variance, mean = torch.var_mean(pixels, -1, correction=int(unbiased), keepdim=True)
+    return (pixels - mean) / (variance + eps).sqrt()

@@ -191,6 +191,15 @@ class PatchMask:
         """One row ``[N - K, ...]`` per hidden patch, as a batch."""
         return PackedBatch(rows, self.cu_hidden, self.max_hidden)
 
+    def visible_rows(self) -> Tensor:
+        """int64 ``[K]``: rows of the visible patches behind the class tokens of an encoder."""
+        source = torch.arange(self.visible.shape[0], device=self.visible.device)
+        return source + self._owners(source, self.cu_visible) + 1
+
+    def full_rows(self, ids: Tensor) -> Tensor:
+        """int64 ``[M]``: rows of the patches ``ids`` behind the class rows of a decoder."""
+        return ids + self._owners(ids, self.cu_seqlens) + 1
+
     def visible_plan(self, *, class_token: bool = True, own_positions: bool = False) -> RowPlan:
         """An encoder's rows: a class token, then the visible patches.
 

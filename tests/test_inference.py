@@ -31,8 +31,9 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="the compiled library is no
 every_dtype = pytest.mark.parametrize(
     "dtype", (FP32, BF16, INT8), ids=lambda d: str(d).removeprefix("torch.")
 )
+SERVED = ("bert_family", "ettin", "mosaicbert")
 # Registered tiny models, and what their switches leave out.
-MODELS = {name: {} for name in encfast.list_models("*/tiny*")} | {
+MODELS = {name: {} for system in SERVED for name in encfast.list_models(f"{system}/tiny*")} | {
     "bert_family/tiny:roberta": {"position_offset": 2, "num_segments": 1, "norm_eps": 1e-5},
     "bert_family/tiny:gpt1": {
         "task": "causal-lm",

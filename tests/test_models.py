@@ -1,11 +1,14 @@
 """Every registered tiny model: what trainers, checkpoints and compilers expect of it.
 
-A model file gets these tests by registering. They assume `example_batch(generator, lengths=...)`
-with `.tokens`, `model(batch.tokens)`, and `loss(batch).total`.
+A model file gets these tests by registering. They assume `loss(batch).total`, and either
+`example_batch(generator, lengths=...)` with `.tokens` or `.clips` and a model of these, or, of
+images, `example_batch(generator, batch_size=...)` with `.images` and `.mask` and
+`model(images, mask)`.
 """
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -29,8 +32,15 @@ def create(name: str, **kwargs):
     return encfast.create(name, **quiet | kwargs)
 
 
+def sees_images(model) -> bool:
+    return "batch_size" in inspect.signature(model.example_batch).parameters
+
+
 def example(model, lengths=RAGGED, seed: int = 0):
+    """A batch of sequences of these lengths, or of as many images."""
     generator = torch.Generator().manual_seed(seed)
+    if sees_images(model):
+        return model.example_batch(generator, batch_size=len(lengths))
     return model.example_batch(generator, lengths=lengths)
 
 
@@ -38,9 +48,18 @@ def tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def outputs(model, tokens) -> list[torch.Tensor]:
+def packed_field(batch) -> str:
+    """The name of what is packed: tokens, or frames of clips."""
+    return "clips" if hasattr(batch, "clips") else "tokens"
+
+
+def outputs(model, batch) -> list[torch.Tensor]:
     """The floating tensors that forward returns."""
-    found = [t for t in tensors(model(tokens)) if t.is_floating_point()]
+    if sees_images(model):
+        out = model(batch.images, batch.mask)
+    else:
+        out = model(getattr(batch, packed_field(batch)))
+    found = [t for t in tensors(out) if t.is_floating_point()]
     assert found, "forward returned no floating tensor"
     return found
 
@@ -69,7 +88,12 @@ def test_a_training_step_reaches_every_parameter(name):
 def test_example_batches_repeat_with_their_generator(name):
     model = create(name)
     first, second = example(model), example(model)
-    assert first.tokens.lengths().tolist() == RAGGED
+    if sees_images(model):
+        assert len(first.images) == len(RAGGED)
+    else:
+        lengths = getattr(first, packed_field(first)).lengths().tolist()
+        step = lengths[RAGGED.index(1)]  # a clip has several frames per time index
+        assert lengths == [step * n for n in RAGGED]
     for a, b in zip(tensors(first), tensors(second), strict=True):
         assert torch.equal(a, b)
 
@@ -80,7 +104,7 @@ def test_example_batches_repeat_with_their_generator(name):
 def test_tolerates_empty_sequences_and_batches(name, lengths):
     model = create(name)
     batch = example(model, lengths)
-    assert all(output.isfinite().all() for output in outputs(model, batch.tokens))
+    assert all(output.isfinite().all() for output in outputs(model, batch))
     for parameter, grad in gradients(model, batch).items():
         assert grad is None or grad.isfinite().all(), f"gradient of {parameter}"
     assert model.loss(batch).total.isfinite()
@@ -91,12 +115,17 @@ def test_tolerates_empty_sequences_and_batches(name, lengths):
 def test_a_padded_grid_gives_what_its_rows_give(name):
     """The pad positions hold an id that is in no vocabulary: reading one is an error."""
     model = create(name).eval()
-    tokens = example(model).tokens
+    if sees_images(model):
+        pytest.skip("images of one size have no padding")
+    batch = example(model)
+    field = packed_field(batch)
+    tokens = getattr(batch, field)
     grid = tokens.to_padded(fill=2**30)
     mask = torch.arange(grid.shape[1]) < tokens.lengths()[:, None]
     repacked = PackedBatch.pack(grid, mask)
     with torch.no_grad():
-        for a, b in zip(outputs(model, repacked), outputs(model, tokens), strict=True):
+        padded = dataclasses.replace(batch, **{field: repacked})
+        for a, b in zip(outputs(model, padded), outputs(model, batch), strict=True):
             assert torch.equal(a, b)
 
 
@@ -160,7 +189,7 @@ def test_state_dict_and_deepcopy_keep_the_model(name):
 def test_half_precision(name):
     model = create(name, dtype=torch.bfloat16)
     batch = example(model)
-    assert all(output.isfinite().all() for output in outputs(model, batch.tokens))
+    assert all(output.isfinite().all() for output in outputs(model, batch))
     assert model.loss(batch).total.isfinite()
 
 
@@ -178,8 +207,9 @@ def test_describes_itself(name):
 @tiny
 def test_offers_what_trainers_look_for(name):
     model = create(name, device="meta")
-    vocab = model.get_input_embeddings()
-    assert isinstance(vocab, torch.nn.Embedding)
+    if not sees_images(model) and packed_field(example(create(name))) == "tokens":
+        vocab = model.get_input_embeddings()
+        assert isinstance(vocab, torch.nn.Embedding)
     classes = {type(m).__name__ for m in model.modules()}
     assert set(model._no_split_modules) <= classes
 

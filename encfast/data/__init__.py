@@ -2,6 +2,7 @@
 
 from encfast.data.clips import ClipBatch
 from encfast.data.collate import PackedCollator
+from encfast.data.images import ImageBatch
 from encfast.data.mask_grids import (
     block_hidden,
     group_hidden,
@@ -17,6 +18,7 @@ from encfast.data.text import TextBatch
 
 __all__ = [
     "ClipBatch",
+    "ImageBatch",
     "PackedCollator",
     "TextBatch",
     "TokenBudgetSampler",

@@ -208,18 +208,17 @@ def check_groups(groups: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], int]:
 
 def _per_seed(seeds: Seeds, draw: Callable[[npt.NDArray[np.uint64]], BoolArray]) -> BoolArray:
     """`draw` of uint64 `[n]`; its only row for a single seed."""
-    single = isinstance(seeds, int | np.integer) and not isinstance(seeds, bool)
-    words = np.asarray([seeds] if single else seeds)
-    if words.size == 0:
-        words = words.astype(np.uint64)
-    if not np.issubdtype(words.dtype, np.integer):
-        raise TypeError(f"seeds has dtype {words.dtype}, expected integers in 0..2**64 - 1")
-    if words.ndim != 1:
-        raise ValueError(f"seeds has shape {words.shape}, expected an integer or [n]")
-    if words.size and words.min() < 0:
-        raise ValueError(f"seeds holds {words.min()}, expected integers in 0..2**64 - 1")
-    masks = draw(np.ascontiguousarray(words, dtype=np.uint64))
-    return masks[0] if single else masks
+    # As objects: beside a small int, one beyond 2**63 would become a float.
+    given = np.asarray(seeds, dtype=object)
+    if given.ndim > 1:
+        raise ValueError(f"seeds has shape {given.shape}, expected an integer or [n]")
+    for seed in given.flat:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise TypeError(f"seeds holds {seed!r}, expected integers in 0..2**64 - 1")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seeds holds {seed}, expected integers in 0..2**64 - 1")
+    masks = draw(given.reshape(-1).astype(np.uint64))
+    return masks[0] if given.ndim == 0 else masks
 
 
 def _rows(

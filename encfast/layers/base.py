@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -58,11 +60,20 @@ def init_normal(module: nn.Module, std: float) -> None:
     Modules other than Linear and Embedding that hold parameters or buffers reset themselves. A
     shared weight is drawn once.
     """
+    _init(module, functools.partial(nn.init.normal_, std=std))
+
+
+def init_xavier(module: nn.Module) -> None:
+    """MAE's initialisation: Linear weights uniform after Glorot and Bengio, biases 0; see above."""
+    _init(module, nn.init.xavier_uniform_)
+
+
+def _init(module: nn.Module, draw: Callable[[Tensor], Any]) -> None:
     drawn: set[int] = set()
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
             if id(child.weight) not in drawn:
-                nn.init.normal_(child.weight, std=std)
+                draw(child.weight)
                 _zero_row(child.weight, getattr(child, "padding_idx", None))
             drawn.add(id(child.weight))
             for name, parameter in child.named_parameters(recurse=False):

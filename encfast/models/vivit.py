@@ -16,9 +16,10 @@ in evaluation mode, without gradients or saved tensors, in chunks if wanted, and
 kept between epochs.
 
 What the papers leave open is read as in the published code of ViViT (google-research/scenic): GELU
-by its tanh approximation, norms with eps 1e-6, class tokens that start at 0, the central frame of
-two being the second. The adapter's form and initialisation are not specified; see ``adapter`` and
-``temporal_init``. A clip shorter than the position table takes its first positions.
+by its tanh approximation, norms with eps 1e-6, linear layers drawn after Glorot and Bengio, class
+tokens and head that start at 0, the central frame of two being the second. The adapter's form is
+not specified; see :mod:`encfast.models._vivit_adapters`. A clip shorter than the position table
+takes its first positions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from encfast import losses
 from encfast.config import BlockConfig, nearest, replace_fields, with_drop_path
 from encfast.data.clips import ClipBatch
 from encfast.layers import PatchEmbed
-from encfast.layers.base import Model, init_normal
+from encfast.layers.base import Model, init_xavier
 from encfast.layers.dropout import StaticFloat
 from encfast.models._vivit_adapters import Adapter, make_adapter, zero_branch
 from encfast.models._vivit_encoder import Encoder
@@ -180,7 +181,7 @@ class Vivit(Model):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew; head and adapter start at zero."""
-        init_normal(self, 0.02)
+        init_xavier(self)
         nn.init.zeros_(self.head.weight)
         if self.adapter is not None:
             zero_branch(self.adapter)
@@ -392,7 +393,7 @@ VARIANTS = {
         num_heads=2,
         ffn_dim=64,
         spatial_depth=2,
-        temporal_depth=2,
+        temporal_depth=1,
         num_labels=6,
     ),
 }

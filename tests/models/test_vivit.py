@@ -16,7 +16,8 @@ from encfast.weights import Tied
 
 from .common import SIX_SHAPES, assert_compiles, assert_gradient_parity, assert_parity
 
-SMALL = {"frames": 16, "dim": 48, "num_heads": 4, "ffn_dim": 80}  # 8 time indices
+# 8 time indices
+SMALL = {"frames": 16, "dim": 48, "num_heads": 4, "ffn_dim": 80, "temporal_depth": 2}
 ADAPTERS = ("none", "linear", "mlp", "attn")
 
 
@@ -444,9 +445,10 @@ def test_where_the_temporal_transformer_comes_from():
         first.second_stage(framse=8)
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "attn"])
-def test_a_frozen_step_compiles_whole(adapter):
-    model = tiny(frames=256, freeze_spatial=True, adapter=adapter).train()
+def test_a_frozen_step_compiles_whole():
+    """With the adapter that has most to trace; test_models.py compiles stage 1."""
+    shallow = {"spatial_depth": 1, "temporal_depth": 1}
+    model = tiny(frames=256, freeze_spatial=True, adapter="attn", **shallow).train()
     batches = [batch_of(model, shape, seed) for seed, shape in enumerate(SIX_SHAPES[:3])]
     assert_compiles(model, batches)
 
