@@ -40,6 +40,7 @@ from encfast.layers.base import Model, init_xavier
 from encfast.layers.dropout import StaticFloat
 from encfast.models._vivit_adapters import Adapter, make_adapter, zero_branch
 from encfast.models._vivit_encoder import Encoder
+from encfast.models._vivit_training import TRAINING, Recipe
 from encfast.models._vivit_weights import (
     Inflation,
     TemporalInit,
@@ -51,7 +52,7 @@ from encfast.packed import PackedBatch
 from encfast.registry import ModelInfo, register
 from encfast.weights import Tied
 
-__all__ = ["Losses", "Vivit", "VivitConfig"]
+__all__ = ["TRAINING", "Losses", "Recipe", "Vivit", "VivitConfig"]
 
 
 @dataclass(frozen=True)
