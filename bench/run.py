@@ -32,6 +32,7 @@ BENCHES = (
     "vivit",
     "varlen_attn",
     "pad",
+    "patch_gather",
     "rotary",
     "add_norm",
     "glu",

@@ -1,6 +1,6 @@
 // Row gather: out[i] = src[index[i]], zeros for a negative index. Pure memory traffic, row_bytes
 // read and written per row; long rows are the common case (a hidden state is 1.5 to 8 KiB), so each
-// is one memcpy.
+// is copied as a whole while the next one is fetched.
 //
 // Row sum: the same where several rows land on one. A result row belongs to one task, which adds
 // its sources in their order, kW columns at a time in registers: no atomics, one rounding.
@@ -11,6 +11,7 @@
 
 #include <cstring>
 
+#include "copy_row.h"
 #include "dtype.h"
 #include "isa.h"
 
@@ -31,11 +32,13 @@ void gather_task(int64_t task, int, void* ctx) {
   const char* src = static_cast<const char*>(p.src);
   char* out = static_cast<char*>(p.out);
   for (int64_t i = task * rows; i < end; ++i) {
+    char* to = out + i * p.out_stride;
     if (p.index[i] < 0) {
-      std::memset(out + i * p.out_stride, 0, p.row_bytes);
-    } else {
-      std::memcpy(out + i * p.out_stride, src + p.index[i] * p.src_stride, p.row_bytes);
+      std::memset(to, 0, p.row_bytes);
+      continue;
     }
+    const int64_t next = i + 1 < end && p.index[i + 1] >= 0 ? p.index[i + 1] : p.index[i];
+    copy_row(to, src + p.index[i] * p.src_stride, src + next * p.src_stride, p.row_bytes);
   }
 }
 

@@ -5,7 +5,7 @@
 //             axes join. Without a conversion it goes to the row at once, else over a buffer of one
 //             row in L1, whose vectors do not care for the patch's size.
 //   restore   (x[index[i]], or fill) + add[add_index[i]] --> out[i], one row at a time in vectors;
-//             where nothing is added each row is one memcpy
+//             where nothing is added rows are copied
 //   backward  rows of dout added to their row of dadd (fp32, in L1), hidden ones also to the task's
 //             partial sum of dfill
 //
@@ -19,6 +19,7 @@
 #include "patch_gather.h"
 
 #include "columns.h"
+#include "copy_row.h"
 #include "isa.h"
 #include "patch_select.h"
 
@@ -99,15 +100,20 @@ ENCFAST_INLINE void copy_run(char* dst, const char* src, int64_t bytes) {
   }
 }
 
+// `next` is the patch moved after this one: its runs, too short for the hardware's prefetcher, are
+// asked for run by run.
 template <int kBytes>
-void move_pixels(const Moves& moves, const char* src, char* dst) {
+void move_pixels(const Moves& moves, const char* src, const char* next, char* dst) {
   const Loop a = moves.loops[0], b = moves.loops[1], c = moves.loops[2], run = moves.loops[3];
   const bool dense = run.src == 1 && run.dst == 1;
+  const int64_t run_bytes = run.src == 1 ? run.size * kBytes : 1;
   for (int64_t i = 0; i < a.size; ++i) {
     for (int64_t j = 0; j < b.size; ++j) {
       for (int64_t k = 0; k < c.size; ++k) {
-        const char* from = src + (i * a.src + j * b.src + k * c.src) * kBytes;
+        const int64_t at = (i * a.src + j * b.src + k * c.src) * kBytes;
+        const char* from = src + at;
         char* to = dst + (i * a.dst + j * b.dst + k * c.dst) * kBytes;
+        for (int64_t l = 0; l < run_bytes; l += 64) __builtin_prefetch(next + at + l);
         if (dense) {
           copy_run(to, from, run.size * kBytes);
           continue;
@@ -185,7 +191,7 @@ struct GatherJob {
   const GatherPatchesParams& params;
   Moves moves;
   int pixel_bytes;
-  void (*move)(const Moves&, const char*, char*);
+  void (*move)(const Moves&, const char*, const char*, char*);
   void (*convert)(const GatherPatchesParams&, const char*,
                   char*);  // nullptr: the bytes as they are
   int64_t rows;            // per task
@@ -208,11 +214,16 @@ void gather_task(int64_t task, int slot, void* ctx) {
   const int64_t row_bytes = p.grid.pixels * element_bytes(p.dtype);
   const char* image = static_cast<const char*>(p.image);
   char* buffer = reinterpret_cast<char*>(p.staging + slot * p.row_floats);
+  const auto patch = [&](int64_t i) {
+    return image + patch_offset(p.grid, p.ids[i]) * job.pixel_bytes;
+  };
+  const char* src = patch(task * job.rows);
   for (int64_t i = task * job.rows; i < end; ++i) {
-    const char* src = image + patch_offset(p.grid, p.ids[i]) * job.pixel_bytes;
+    const char* next = i + 1 < end ? patch(i + 1) : src;
     char* row = static_cast<char*>(p.rows) + i * row_bytes;
-    job.move(job.moves, src, job.convert ? buffer : row);
+    job.move(job.moves, src, next, job.convert ? buffer : row);
     if (job.convert) job.convert(p, buffer, row);
+    src = next;
   }
 }
 
@@ -262,10 +273,13 @@ template <DType kX>
 void copy_task(int64_t task, int, void* ctx) {
   const RestoreRowsParams& p = *static_cast<const RestoreRowsParams*>(ctx);
   const RowRange rows = rows_of_task(p.M, p.rows_per_task, task);
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
+  const auto source = [&](int64_t i) {
     const int64_t from = p.index[i];
-    const void* source = from < 0 ? p.fill_row : row_of<kX>(p.x, from);
-    std::memcpy(row_of<kX>(p.out, i), source, p.C * element_bytes(kX));
+    return from < 0 ? static_cast<const char*>(p.fill_row) : row_of<kX>(p.x, from);
+  };
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const int64_t next = i + 1 < rows.end ? i + 1 : i;
+    copy_row(row_of<kX>(p.out, i), source(i), source(next), p.C * element_bytes(kX));
   }
 }
 

@@ -161,11 +161,12 @@ class PatchEmbed(ExactBuffers):
                 )
             counts = mask.cu_visible.diff().tolist()
             ids = mask.patches_of(mask.visible).split(counts)
-        rows = [self.proj.weight.new_empty((0, self.proj.in_features))]
+        rows = []
         for b, (image, own) in enumerate(zip(images, ids, strict=True)):
             self._check_channels(f"images[{b}]", image, 0)
             rows.append(self.pixels(image.unsqueeze(0), own, dtype=self._row_dtype(image)))
-        return PackedBatch.from_lengths(self.proj(torch.cat(rows[bool(images) :])), counts)
+        nothing = self.proj.weight.new_empty((0, self.proj.in_features))
+        return PackedBatch.from_lengths(self.proj(torch.cat(rows) if rows else nothing), counts)
 
     def _check_channels(self, name: str, images: Tensor, axis: int) -> None:
         if images.dim() != axis + 1 + len(self.patch) or images.shape[axis] != self.channels:

@@ -84,7 +84,8 @@ class MaeConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         keep_count(self.num_patches, self.mask_ratio)
-        self.encoder_blocks(), self.decoder_block()
+        self.encoder_blocks()
+        self.decoder_block()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -308,9 +309,8 @@ class Mae(Model):
         pixels = self.embed.pixels(images, channels_last=True, dtype=torch.float32)  # [B * P, Q]
         predicted = self(images, mask).float()
         if self.config.norm_pix_loss:
-            hidden = pixels[mask.hidden]
-            variance, mean = torch.var_mean(hidden, -1, keepdim=True)
-            predicted = predicted * (variance + 1e-6).sqrt() + mean
+            mean, deviation = losses.patch_moments(pixels[mask.hidden])
+            predicted = predicted * deviation + mean
         rows = pixels.index_copy(0, mask.hidden, predicted)
         return ops.fold_patches(rows, images.shape, self.embed.patch, channels_last=True)
 
@@ -401,7 +401,7 @@ VARIANTS = {
         num_heads=4,
         ffn_dim=96,
         decoder_dim=32,
-        decoder_depth=2,
+        decoder_depth=1,
         decoder_heads=2,
         decoder_ffn_dim=64,
         num_labels=10,

@@ -1,6 +1,5 @@
 """Argument checks of `encfast.ops.patch_gather`."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -70,8 +69,10 @@ def check_geometry(op: str, shape: Sequence[int], patch: Sequence[int]) -> None:
 
 
 def num_patches(shape: Sequence[int], patch: Sequence[int]) -> int:
-    # A list: a generator of symbolic sizes does not trace.
-    return math.prod([n // p for n, p in zip(shape[2:], patch, strict=True)])
+    count = 1  # a loop: math.prod of a generator breaks a graph
+    for size, p in zip(shape[2:], patch, strict=True):
+        count *= size // p
+    return count
 
 
 def check_gather(image, ids, patch, scale, shift, dtype) -> None:

@@ -234,11 +234,12 @@ def select_patches(
     check_tensor(op, "noise", noise)
     if cu_seqlens is None:
         noise, cu_seqlens, cu_keep, total = _equal_sequences(noise, keep)
+        check_select(op, noise, cu_seqlens, cu_keep)
     else:
         cu_keep, total = _running_sum(cu_seqlens, keep)
+        check_select(op, noise, cu_seqlens, cu_keep)
+        check_counts(op, noise, cu_seqlens, cu_keep, total)
     noise = noise.detach()
-    check_select(op, noise, cu_seqlens, cu_keep)
-    check_counts(op, noise, cu_seqlens, cu_keep, total)
     visible, hidden, restore = torch.ops.encfast.select_patches(
         noise, cu_seqlens, cu_keep, total, ordered
     )
