@@ -29,6 +29,7 @@ BENCHES = (
     "encoder",
     "training",
     "mae",
+    "vivit",
     "varlen_attn",
     "pad",
     "patch_gather",

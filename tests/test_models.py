@@ -1,9 +1,9 @@
 """Every registered tiny model: what trainers, checkpoints and compilers expect of it.
 
 A model file gets these tests by registering. They assume `loss(batch).total`, and either
-`example_batch(generator, lengths=...)` with `.tokens` (a PackedBatch of ids, or of numbers) and
-`model(batch.tokens)`, or, of images, `example_batch(generator, batch_size=...)` with `.images` and
-`.mask` and `model(images, mask)`.
+`example_batch(generator, lengths=...)` with `.tokens` or `.clips` (a PackedBatch of ids, or of
+numbers) and a model of these, or, of images, `example_batch(generator, batch_size=...)` with
+`.images` and `.mask` and `model(images, mask)`.
 """
 
 import copy
@@ -48,9 +48,25 @@ def tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def packed_field(batch) -> str:
+    """The name of what is packed: tokens, or frames of clips."""
+    return "clips" if hasattr(batch, "clips") else "tokens"
+
+
+def reads_ids(name: str) -> bool:
+    model = create(name)
+    if sees_images(model):
+        return False
+    batch = example(model)
+    return not getattr(batch, packed_field(batch)).data.is_floating_point()
+
+
 def outputs(model, batch) -> list[torch.Tensor]:
     """The floating tensors that forward returns."""
-    out = model(batch.images, batch.mask) if sees_images(model) else model(batch.tokens)
+    if sees_images(model):
+        out = model(batch.images, batch.mask)
+    else:
+        out = model(getattr(batch, packed_field(batch)))
     found = [t for t in tensors(out) if t.is_floating_point()]
     assert found, "forward returned no floating tensor"
     return found
@@ -83,7 +99,9 @@ def test_example_batches_repeat_with_their_generator(name):
     if sees_images(model):
         assert len(first.images) == len(RAGGED)
     else:
-        assert first.tokens.lengths().tolist() == RAGGED
+        lengths = getattr(first, packed_field(first)).lengths().tolist()
+        step = lengths[RAGGED.index(1)]  # a clip has several frames per time index
+        assert lengths == [step * n for n in RAGGED]
     for a, b in zip(tensors(first), tensors(second), strict=True):
         assert torch.equal(a, b)
 
@@ -108,12 +126,13 @@ def test_a_padded_grid_gives_what_its_rows_give(name):
     if sees_images(model):
         pytest.skip("images of one size have no padding")
     batch = example(model)
-    tokens = batch.tokens
+    field = packed_field(batch)
+    tokens = getattr(batch, field)
     grid = tokens.to_padded(fill=2**30)
     mask = torch.arange(grid.shape[1]) < tokens.lengths()[:, None]
     repacked = PackedBatch.pack(grid, mask)
     with torch.no_grad():
-        padded = dataclasses.replace(batch, tokens=repacked)
+        padded = dataclasses.replace(batch, **{field: repacked})
         for a, b in zip(outputs(model, padded), outputs(model, batch), strict=True):
             assert torch.equal(a, b)
 
@@ -196,8 +215,7 @@ def test_describes_itself(name):
 @tiny
 def test_offers_what_trainers_look_for(name):
     model = create(name, device="meta")
-    batch = example(create(name))
-    if not sees_images(model) and not batch.tokens.data.is_floating_point():
+    if reads_ids(name):
         assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
     classes = {type(m).__name__ for m in model.modules()}
     assert set(model._no_split_modules) <= classes

@@ -1,5 +1,6 @@
 """Data-loader helpers: packing plans, token-budget batches, collation, masking, patch masks."""
 
+from encfast.data.clips import ClipBatch
 from encfast.data.collate import PackedCollator
 from encfast.data.images import ImageBatch
 from encfast.data.mask_grids import (
@@ -16,6 +17,7 @@ from encfast.data.sampler import TokenBudgetSampler
 from encfast.data.text import TextBatch
 
 __all__ = [
+    "ClipBatch",
     "ImageBatch",
     "PackedCollator",
     "TextBatch",
