@@ -96,6 +96,27 @@ def _training(dtype: str, padded: tuple[float, float], by_length: tuple[float, f
     )
 
 
+def _masking(
+    case: str, subject: str, recipe: str, plain: str, bars: dict[str, tuple[float, float]]
+) -> tuple[Target, ...]:
+    """By dtype against the published recipe, and in any dtype against the better plain PyTorch."""
+    return tuple(
+        Target(f"{subject} {dtype}", f"patch_gather/{case}-{dtype}", ("encfast",), (peer,), *bar)
+        for dtype, recipe_bar in bars.items()
+        for peer, bar in ((recipe, recipe_bar), (plain, (1.1, 1.3)))
+    )
+
+
+def _masks(case: str, bars: dict[str, tuple[float, float]]) -> tuple[Target, ...]:
+    return _masking(f"mask-{case}", f"mask {case}", "argsort + gather", "topk + index_select", bars)
+
+
+def _restores(case: str) -> tuple[Target, ...]:
+    bars = {"fp32": (5.0, 6.0), "bf16": (12.0, 20.0)}
+    peers = "cat + gather", "expand + index_copy_"
+    return _masking(f"restore-{case}-fwd", f"restore {case} fwd", *peers, bars)
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -154,6 +175,12 @@ TARGETS: tuple[Target, ...] = (
     ),
     *_training("bf16", (5, 7), (2.0, 2.7)),
     *_training("fp32", (5, 7), (1.8, 2.4)),
+    *_masks("N196-fwd", {"fp32": (5, 6), "bf16": (8, 12)}),
+    *_masks("N1568-fwd", {"fp32": (3, 3.5), "bf16": (7, 9)}),
+    *_masks("N196-fwd+bwd", {"fp32": (1.3, 1.5), "bf16": (4, 8)}),
+    *_masks("N1568-fwd+bwd", {"fp32": (1.3, 1.5), "bf16": (4, 8)}),
+    *_restores("N196"),
+    *_restores("N1568"),
 )
 
 

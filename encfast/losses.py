@@ -172,6 +172,16 @@ def pixel_loss(
 
 def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
     """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider."""
+    mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
+    return (_wide(pixels) - mean) / deviation
+
+
+def patch_moments(
+    pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(variance + eps) of each patch ``[M, Q]``, ``[M, 1]`` each."""
     pixels = _wide(pixels)
-    variance, mean = torch.var_mean(pixels, -1, correction=int(unbiased), keepdim=True)
-    return (pixels - mean) / (variance + eps).sqrt()
+    mean = pixels.mean(-1, keepdim=True)
+    # Not torch.var_mean, which warns where there are no patches.
+    squares = (pixels - mean).square().sum(-1, keepdim=True)
+    return mean, (squares / max(pixels.shape[-1] - int(unbiased), 1) + eps).sqrt()

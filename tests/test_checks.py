@@ -78,6 +78,19 @@ def keep(*mask):
     _check_grid(torch.ones(1, mask.shape[1], 2), mask)
 
 
+def choose(cu=(0, 2, 6), keep=(1, 1)):
+    return ops.select_patches(torch.ones(6), keep, cu_seqlens=torch.tensor(cu, dtype=INT))
+
+
+def cut(*ids):
+    return ops.gather_patches(torch.ones(2, 1, 4), torch.tensor(ids), (2,))
+
+
+def restore(index=(0, -1, 2), places=(0, 1, 1)):
+    added = {"add": torch.ones(2, 2), "add_index": torch.tensor(places)}
+    return ops.restore_rows(torch.ones(3, 2), torch.tensor(index), **added)
+
+
 def pack(value):
     return ops.pack_linear(torch.full((2, 3), value), format="int8")
 
@@ -112,6 +125,9 @@ GOOD = {
     "scatter_rows": (lambda: move(scatter, 0, 2, 0), 1),
     "pad": (lambda: move(to_grid, 3, 0, 1), 2),
     "mask": (lambda: keep(1, 0), 1),
+    "select_patches": (choose, 7),
+    "gather_patches": (lambda: cut(0, 3, 0), 1),
+    "restore_rows": (restore, 2),
     "pack_linear": (lambda: pack(1.0), 1),
     "packed_linear": (lambda: header(1, 2, 3, 4), 4),
     "cache": (lambda: cached((0, 3), (1, 0)), 11),  # 8 of varlen_attn
@@ -142,6 +158,11 @@ BAD = {
     "pad: indices holds a wrong value, expected 0 <= row < 4": lambda: move(to_grid, 0, 1, 4),
     "pad: indices holds a row twice": lambda: move(to_grid, 0, 1, 1),
     "unpad: mask holds a wrong value, expected 0": lambda: keep(1, 2),
+    "select_patches: cu_seqlens does not end at the number of": lambda: choose((0, 2, 5)),
+    "select_patches: keep is more than a sequence has patches": lambda: choose(keep=(3, 1)),
+    "gather_patches: ids holds a wrong value, expected 0 <= b": lambda: cut(0, 4),
+    "restore_rows: index holds a wrong value, expected -1 <= row < 3": lambda: restore((0, 3, 1)),
+    "restore_rows: add_index holds a wrong value, expected 0 <=": lambda: restore(places=(0, 2, 1)),
     "pack_linear: weight holds a wrong value, int8 needs finite": lambda: pack(float("inf")),
     "packed_linear: packed was not made by pack_linear on this": lambda: header(1, 2, 0, 4),
     "cache_seqlens holds a wrong value, the caches have 4 rows": lambda: cached((0, 5), (1, 0)),

@@ -100,15 +100,20 @@ ENCFAST_INLINE void copy_run(char* dst, const char* src, int64_t bytes) {
   }
 }
 
+// `next` is the patch moved after this one: its runs, too short for the hardware's prefetcher, are
+// asked for run by run.
 template <int kBytes>
-void move_pixels(const Moves& moves, const char* src, char* dst) {
+void move_pixels(const Moves& moves, const char* src, const char* next, char* dst) {
   const Loop a = moves.loops[0], b = moves.loops[1], c = moves.loops[2], run = moves.loops[3];
   const bool dense = run.src == 1 && run.dst == 1;
+  const int64_t run_bytes = run.src == 1 ? run.size * kBytes : 1;
   for (int64_t i = 0; i < a.size; ++i) {
     for (int64_t j = 0; j < b.size; ++j) {
       for (int64_t k = 0; k < c.size; ++k) {
-        const char* from = src + (i * a.src + j * b.src + k * c.src) * kBytes;
+        const int64_t at = (i * a.src + j * b.src + k * c.src) * kBytes;
+        const char* from = src + at;
         char* to = dst + (i * a.dst + j * b.dst + k * c.dst) * kBytes;
+        for (int64_t l = 0; l < run_bytes; l += 64) __builtin_prefetch(next + at + l);
         if (dense) {
           copy_run(to, from, run.size * kBytes);
           continue;
@@ -186,7 +191,7 @@ struct GatherJob {
   const GatherPatchesParams& params;
   Moves moves;
   int pixel_bytes;
-  void (*move)(const Moves&, const char*, char*);
+  void (*move)(const Moves&, const char*, const char*, char*);
   void (*convert)(const GatherPatchesParams&, const char*,
                   char*);  // nullptr: the bytes as they are
   int64_t rows;            // per task
@@ -209,11 +214,16 @@ void gather_task(int64_t task, int slot, void* ctx) {
   const int64_t row_bytes = p.grid.pixels * element_bytes(p.dtype);
   const char* image = static_cast<const char*>(p.image);
   char* buffer = reinterpret_cast<char*>(p.staging + slot * p.row_floats);
+  const auto patch = [&](int64_t i) {
+    return image + patch_offset(p.grid, p.ids[i]) * job.pixel_bytes;
+  };
+  const char* src = patch(task * job.rows);
   for (int64_t i = task * job.rows; i < end; ++i) {
-    const char* src = image + patch_offset(p.grid, p.ids[i]) * job.pixel_bytes;
+    const char* next = i + 1 < end ? patch(i + 1) : src;
     char* row = static_cast<char*>(p.rows) + i * row_bytes;
-    job.move(job.moves, src, job.convert ? buffer : row);
+    job.move(job.moves, src, next, job.convert ? buffer : row);
     if (job.convert) job.convert(p, buffer, row);
+    src = next;
   }
 }
 

@@ -309,9 +309,8 @@ class Mae(Model):
         pixels = self.embed.pixels(images, channels_last=True, dtype=torch.float32)  # [B * P, Q]
         predicted = self(images, mask).float()
         if self.config.norm_pix_loss:
-            hidden = pixels[mask.hidden]
-            variance, mean = torch.var_mean(hidden, -1, keepdim=True)
-            predicted = predicted * (variance + 1e-6).sqrt() + mean
+            mean, deviation = losses.patch_moments(pixels[mask.hidden])
+            predicted = predicted * deviation + mean
         rows = pixels.index_copy(0, mask.hidden, predicted)
         return ops.fold_patches(rows, images.shape, self.embed.patch, channels_last=True)
 

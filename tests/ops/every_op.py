@@ -101,6 +101,34 @@ def check_packed_linear():
     DONE["packed_linear"] = "forward in fp32, bf16 and int8"
 
 
+def check_patch_gather():
+    noise = torch.rand(3, 24)
+    counts = [24 * torch.arange(4, dtype=torch.int32), 6 * torch.arange(4, dtype=torch.int32)]
+    for ordered in (True, False):
+        chosen = ops.select_patches(noise, 6, ordered=ordered)
+        expected = ref.select_patches(noise.flatten(), *counts, ordered)
+        for found, right in zip(chosen[:3], expected, strict=True):
+            assert torch.equal(found, right)
+    scale, shift = torch.rand(2), torch.randn(2)
+    check(
+        "patch_gather",
+        lambda image: ops.gather_patches(image, chosen.hidden, (3, 5), scale=scale, shift=shift),
+        lambda image: ref.gather_patches(
+            image, chosen.hidden, (3, 5), False, scale, shift, image.dtype
+        ),
+        {"image": torch.randn(3, 2, 12, 30)},
+        (54, 30),
+    )
+    inputs = {"x": torch.randn(18, 70), "fill": torch.randn(70), "add": torch.randn(24, 70)}
+    check(
+        "patch_gather",
+        lambda x, fill, add: ops.restore_rows(x, chosen.restore, fill, add=add),
+        lambda x, fill, add: ref.restore_rows(x, chosen.restore, fill, add),
+        inputs,
+        (72, 70),
+    )
+
+
 def main():
     torch.manual_seed(0)
     for stem in ops.OPS:
