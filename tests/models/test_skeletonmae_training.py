@@ -9,11 +9,10 @@ import torch
 import encfast
 from encfast import PackedBatch, losses
 from encfast.layers import GINLayer, Graph
+from encfast.models._skeletonmae_figures import ACTIONS
 from encfast.models.skeletonmae import COCO_EDGES, SkeletonMae, jitter, normalise, stick_figures
 
 pytestmark = pytest.mark.slow
-
-CLIP = 32  # frames
 
 
 @pytest.fixture(autouse=True)
@@ -25,26 +24,29 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def figures(clips: int, seed: int) -> torch.Tensor:
-    """Root-centred, scaled poses [clips * CLIP, 17, 2] of random actions."""
+def figures(clips: int, frames: int, seed: int, noise: float = 0.0):
+    """Root-centred, scaled poses [clips * frames, 17, 2], and actions [clips] in equal shares."""
     generator = torch.Generator().manual_seed(seed)
-    actions = torch.randint(6, (clips,), generator=generator)
-    return normalise(stick_figures(actions, [CLIP] * clips, generator))
+    actions = torch.arange(clips) % len(ACTIONS)
+    poses = normalise(stick_figures(actions, [frames] * clips, generator))
+    return jitter(poses, noise, generator), actions
 
 
-def pretrained(poses: torch.Tensor, steps: int, **overrides) -> SkeletonMae:
+def pretrained(name: str, poses: torch.Tensor, steps: int, lr: float, **overrides) -> SkeletonMae:
     """After `steps` of Adam on 256 frames with pixel noise, a quarter of the published batch."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = encfast.create("skeletonmae/base", **overrides)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model = encfast.create(name, **overrides)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         rows = torch.randint(len(poses), (256,), generator=generator)
-        frames = jitter(poses[rows], 0.01, generator)
+        frames = jitter(poses[rows], 0.02, generator)
         batch = model.mask(PackedBatch.from_lengths(frames, [256]), generator=generator)
         optimizer.zero_grad()
         model.loss(batch).total.backward()
         optimizer.step()
+        scheduler.step()
     return model.eval()
 
 
@@ -60,16 +62,16 @@ def errors(model: SkeletonMae, train: torch.Tensor, test: torch.Tensor) -> tuple
 
 
 def test_masked_parts_are_rebuilt_better_than_by_the_mean_pose():
-    """Measured: 0.0 against 0.0 after 200 steps."""
-    train, test = figures(63, seed=1)[:2000], figures(32, seed=2)
-    model = pretrained(train, 200, maskable_parts=tuple(range(6)), num_masked_parts=1)
+    """Measured: an error of 0.044 after 200 steps, the mean pose has 0.113."""
+    train, test = figures(63, 32, seed=1)[0][:2000], figures(32, 32, seed=2)[0]
+    parts = {"maskable_parts": tuple(range(6)), "num_masked_parts": 1}
+    model = pretrained("skeletonmae/base", train, 200, 3e-3, **parts)
     error, baseline = errors(model, train, test)
-    print(error, baseline)
     assert error < 0.7 * baseline, f"error {error:.4f}, that of the mean pose is {baseline:.4f}"
 
 
 def test_a_dense_adjacency_beats_lists_of_neighbours():
-    """Sums over neighbours of 2048 skeletons, forward and backward. Measured: 0 times as fast."""
+    """Sums over neighbours of 2048 skeletons, forward and backward. Measured: 2.3 times as fast."""
     layer = GINLayer(Graph(17, COCO_EDGES), 64, 64)
     target, source = layer.matrix.nonzero().T
     x = torch.randn(2048, 17, 64, requires_grad=True)
@@ -86,5 +88,4 @@ def test_a_dense_adjacency_beats_lists_of_neighbours():
 
     runs = [{name: seconds(way) for name, way in ways.items()} for _ in range(9)]
     cost = {name: median(run[name] for run in runs) for name in ways}
-    print(cost)
     assert cost["lists"] > 1.3 * cost["dense"], cost
