@@ -395,42 +395,15 @@ def input_grads(saved: Saved, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     q, k = saved.q.data, saved.k.data
     (N, H, D), (Nk, Hk, _), B = q.shape, k.shape, saved.cu_seqlens_q.shape[0] - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
-
-    def run_dq(block_d, block_m, block_n, warps, stages):
-        varlen_attn_dq_kernel[(N // block_m + B, H)](
-            saved,
-            heads_of(dq),
-            rule,
-            B,
-            N,
-            H // Hk,
-            D=D,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            num_stages=stages,
-        )
-
-    def run_dkv(block_d, block_m, block_n, warps, stages):
-        varlen_attn_dkv_kernel[(Nk // block_n + B, Hk)](
-            saved,
-            heads_of(dk),
-            heads_of(dv),
-            rule,
-            B,
-            N,
-            H // Hk,
-            D=D,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            num_stages=stages,
-        )
-
+    sizes = (rule, B, N, H // Hk)
     if N:
-        _tune.launch("varlen_attn_dq_kernel", _DQ_TILES, q.dtype, D, rule, run_dq)
+        _tune.launch(
+            varlen_attn_dq_kernel, lambda tile: (N // tile["BLOCK_M"] + B, H),
+            (saved, heads_of(dq), *sizes), _DQ_TILES, q.dtype, D, rule,
+        )  # fmt: skip
     if Nk:
-        _tune.launch("varlen_attn_dkv_kernel", _DKV_TILES, q.dtype, D, rule, run_dkv)
+        _tune.launch(
+            varlen_attn_dkv_kernel, lambda tile: (Nk // tile["BLOCK_N"] + B, Hk),
+            (saved, heads_of(dk), heads_of(dv), *sizes), _DKV_TILES, q.dtype, D, rule,
+        )  # fmt: skip
     return dq, dk, dv
