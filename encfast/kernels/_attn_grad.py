@@ -48,7 +48,7 @@ from ._attn_tile import (
 
 # As in the forward: BLOCK_M, BLOCK_N, warps, stages. At 128 channels a program's own rows do not
 # stay in registers; the more of them share what a step brings, the less its loads hold the tensor
-# cores up.
+# cores up. With fewer than 16 own rows per warp, warps may compute the same products.
 _DQ_AMPERE = {
     (2, PLAIN): {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (32, 32, 8, 1)},
     (2, POSITIONAL): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -362,9 +362,11 @@ def _visit_queries(
     b_q = load_rows(p_q, saved.q.stride_n, 0, n_q - start, D, BLOCK_M, BLOCK_D, EDGE)
     b_dout = load_rows(p_dout, saved.dout.stride_n, 0, n_q - start, D, BLOCK_M, BLOCK_D, EDGE)
     b_delta, b_lse = load_terms(p_delta, p_lse, o_q, n_q, EDGE)
-    if rule.rng is None:
-        # As pair_grads, but with fewer registers: dv does not wait for dp, nor dp for delta, which
-        # its sums begin with.
+    BIAS: tl.constexpr = (rule.rel_bias is not None) or (rule.bias is not None)
+    BENT: tl.constexpr = (rule.rng is not None) or (rule.softcap is not None)
+    if (rule.slopes is None) and not BIAS and not BENT:
+        # As pair_grads, but where little besides the products needs registers it takes fewer: dv
+        # does not wait for dp, nor dp for delta, which its sums begin with.
         b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_p, b_dcap = _probabilities(
             b_qk, b_lse, rule, i_b, i_h, first_q, o_q, n_q, start_k, n_k, BLOCK_N, EDGE, True
