@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config
-from ._attn_grad import Saved, load_terms, pair_grads
+from ._attn_grad import Saved, load_terms, pair_grads, terms_at
 from ._attn_tile import BIASED, Rule, find_tile, head_at, load_rows, rel_entry, visited
 
 # As in the forward: BLOCK, warps.
@@ -75,7 +75,8 @@ def _score_grads(
     b_k = load_rows(p_k, saved.k.stride_n, start_k, n_k, D, BLOCK, BLOCK_D, True)
     b_v = load_rows(p_v, saved.v.stride_n, start_k, n_k, D, BLOCK, BLOCK_D, True)
     o_q = start_q + tl.arange(0, BLOCK)
-    b_delta, b_lse = load_terms(saved, i_h, N, first_q, o_q, n_q)
+    p_delta, p_lse = terms_at(saved, i_h, N, first_q)
+    b_delta, b_lse = load_terms(p_delta, p_lse, o_q, n_q, True)
     _, b_ds, _ = pair_grads(
         b_q, b_k, b_dout, b_v, b_lse, b_delta, rule, i_b, i_h, first_q, o_q, n_q, start_k, n_k,
         BLOCK, True, False,

@@ -170,8 +170,10 @@ def row_at(p_first, stride_n, row):
 @triton.jit
 def tile_at(p_head, stride_n, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to the rows start .. start + BLOCK - 1 of a head: a 64-bit base, 32-bit offsets."""
-    o_n, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    return row_at(p_head, stride_n, start) + (o_n[:, None] * stride_n + o_d[None, :])
+    o_tile = tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
+    if o_tile.dtype == tl.int32:  # unsigned: no register per row for the upper half of its sign
+        o_tile = o_tile.to(tl.uint32)
+    return row_at(p_head, stride_n, start) + o_tile
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import JITFunction
 
 from . import _config
 from ._attn_tile import Rule, weight
@@ -23,22 +24,39 @@ _fastest: dict[tuple, Tile] = {}
 
 
 def launch(
-    kernel: str,
+    kernel: JITFunction,
+    grid: Callable[[dict], tuple[int, ...]],
+    args: tuple,
     table: dict,
     dtype: torch.dtype,
     head_size: int,
     rule: Rule,
-    run: Callable[..., None],
 ) -> None:
-    """Calls run(BLOCK_D, BLOCK_M, BLOCK_N, warps, stages), which launches `kernel`, once."""
+    """Launches the kernel on `args` with a tile of the table.
+
+    `grid` gets a dictionary with BLOCK_M and BLOCK_N, as Triton hands it out.
+    """
     block_d, tile = _config.for_head(table, dtype, head_size, weight(rule))
+
+    def run(tile: Tile) -> None:
+        block_m, block_n, warps, stages = tile
+        kernel[grid](
+            *args,
+            D=head_size,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
     if _is_on():
         terms = tuple(term is None for term in rule)
-        key = kernel, _config.target(), dtype, head_size, terms
+        key = kernel.__name__, _config.target(), dtype, head_size, terms
         if key not in _fastest:
-            _fastest[key] = _measured(tile, _candidates(table, dtype, block_d), block_d, run)
+            _fastest[key] = _measured(tile, _candidates(table, dtype, block_d), run)
         tile = _fastest[key]
-    run(block_d, *tile)
+    run(tile)
 
 
 def _is_on() -> bool:
@@ -64,12 +82,12 @@ def _candidates(table: dict, dtype: torch.dtype, block_d: int) -> list[Tile]:
     return list(dict.fromkeys(tiles))
 
 
-def _measured(default: Tile, tiles: list[Tile], block_d: int, run: Callable[..., None]) -> Tile:
+def _measured(default: Tile, tiles: list[Tile], run: Callable[[Tile], None]) -> Tile:
     """The fastest tile; the default where none of the tiles fits this GPU."""
     seconds = {}
     for tile in tiles:
         try:
-            seconds[tile] = _seconds(functools.partial(run, block_d, *tile))
+            seconds[tile] = _seconds(functools.partial(run, tile))
         except (OutOfResources, PTXASError):
             continue  # of another GPU's table
     return min(seconds, key=seconds.__getitem__, default=default)

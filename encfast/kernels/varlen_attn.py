@@ -198,28 +198,22 @@ def varlen_attn(
         D, scale, causal, window, alibi_slopes, rel_bias, bias, bias_offsets, softcap,
         dropout_p, rng,
     )  # fmt: skip
-
-    def run(block_d, block_m, block_n, warps, stages):
-        varlen_attn_kernel[(N // block_m + B, H)](
-            heads_of(q),
-            heads_of(k),
-            heads_of(v),
-            heads_of(out),
-            lse,
-            *_both_lengths(cu_seqlens_q, cu_seqlens_k),
-            rule,
-            B,
-            N,
-            H // k.shape[1],
-            D=D,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            num_stages=stages,
-        )
-
-    _tune.launch("varlen_attn_kernel", _TILES, q.dtype, D, rule, run)
+    args = (
+        heads_of(q),
+        heads_of(k),
+        heads_of(v),
+        heads_of(out),
+        lse,
+        *_both_lengths(cu_seqlens_q, cu_seqlens_k),
+        rule,
+        B,
+        N,
+        H // k.shape[1],
+    )
+    _tune.launch(
+        varlen_attn_kernel, lambda tile: (N // tile["BLOCK_M"] + B, H), args,
+        _TILES, q.dtype, D, rule,
+    )  # fmt: skip
     return out, lse
 
 

@@ -23,7 +23,8 @@ from static_report import MACHINES, _occupancy, report  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from encfast import kernels  # noqa: E402
-from encfast.kernels import _config  # noqa: E402
+from encfast.kernels import _attn_grad, _config, varlen_attn  # noqa: E402
+from encfast.kernels._attn_tile import PLAIN  # noqa: E402
 
 QUICK = ("sm_80", "sm_90")
 
@@ -205,13 +206,33 @@ def test_compiles_fits_and_does_not_spill(name, arch, request):
         assert not golden.regressions(name, arch, reports)
 
 
+# By kernel: its tiles, and how many products of BLOCK_M x BLOCK_N x D its loop makes per step.
+ATTENTION_LOOPS = {
+    "varlen_attn_kernel": (varlen_attn._TILES, 2),
+    "varlen_attn_dq_kernel": (_attn_grad._DQ_TILES, 3),
+    "varlen_attn_dkv_kernel": (_attn_grad._DKV_TILES, 4),
+}
+# One predicate more than the bar: ptxas makes one of each asynchronous copy's condition.
+MANY_SELECTS = ("varlen_attn_dkv_kernel", 128)
+
+
 @pytest.mark.parametrize(("arch", "least"), [("sm_80", 0.70), ("sm_90", 0.65)])
 @pytest.mark.parametrize("head_size", (64, 128))
 def test_the_main_loop_of_attention_leaves_the_tensor_cores_busy(head_size, arch, least):
-    """Of the forward: a loop with masks, or one that waits for its own index arithmetic, fails."""
+    """A loop with masks, or one that waits for its own index arithmetic, fails; so does one whose
+    warps compute the same products, which a tile with too few rows makes them do."""
     with compiling(arch) as launches:
         CALLS[f"varlen_attn_{head_size}"].launch()
-    found = next(r for r in (report(x.kernel) for x in launches) if r.name == "varlen_attn_kernel")
-    assert found.tensor_use_bound >= least
-    if arch == "sm_80":  # a wgmma of sm_90 stands for 16 of these instructions
-        assert found.loop["select"] < 0.1 * found.loop["mma"]
+        tiles = {
+            name: _config.for_head(table, torch.bfloat16, head_size, PLAIN)[1]
+            for name, (table, _) in ATTENTION_LOOPS.items()
+        }
+    found = {x.name: report(x.kernel) for x in launches if x.name in ATTENTION_LOOPS}
+    for name, (_, products) in ATTENTION_LOOPS.items():
+        assert found[name].tensor_use_bound >= least, name
+        if arch != "sm_80":  # a wgmma of sm_90 stands for many of these instructions
+            continue
+        loop, (block_m, block_n, warps, _) = found[name].loop, tiles[name]
+        assert loop["mma"] * warps * 16 * 8 * 16 == products * block_m * block_n * head_size, name
+        if (name, head_size) != MANY_SELECTS:
+            assert loop["select"] < 0.1 * loop["mma"], name

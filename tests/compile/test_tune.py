@@ -1,5 +1,6 @@
 """Tiles by measuring: asked for, once per kind of call, and never more than a choice of tile."""
 
+import functools
 import os
 
 import pytest
@@ -33,6 +34,21 @@ def rule(**terms):
     return _attn_tile.Rule(**given)
 
 
+class Kernel:
+    """Notes the tiles that it is launched with."""
+
+    def __init__(self, name, tiles):
+        self.__name__, self.tiles = name, tiles
+
+    def __getitem__(self, grid):
+        return functools.partial(self.run, grid)
+
+    def run(self, grid, *args, D, BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages):
+        assert args == ("q", "k") and D <= BLOCK_D < 2 * D
+        assert grid({"BLOCK_M": BLOCK_M}) == (10 * BLOCK_M,)
+        self.tiles.append((BLOCK_M, BLOCK_N, num_warps, num_stages))
+
+
 @pytest.fixture(autouse=True)
 def no_capture(monkeypatch):
     """PyTorch without CUDA has no answer to this question."""
@@ -55,9 +71,11 @@ def launched(monkeypatch):
 
     def launch(dtype=BF16, head_size=40, kernel="kernel", **terms):
         before = len(tiles)
-        run = lambda block_d, *tile: tiles.append(tile)  # noqa: E731
         with compiling("sm_90"):
-            _tune.launch(kernel, TABLE, dtype, head_size, rule(**terms), run)
+            _tune.launch(
+                Kernel(kernel, tiles), lambda tile: (10 * tile["BLOCK_M"],), ("q", "k"),
+                TABLE, dtype, head_size, rule(**terms),
+            )  # fmt: skip
         return tiles[before:]
 
     return launch
