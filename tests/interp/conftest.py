@@ -17,8 +17,10 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 if INTERPRETED:
     import bf16
+    import products
 
-    bf16.install()
+    products.install()
+    bf16.install()  # hands it bfloat16 as float32
 
 
 def _serving(launchers, *ops):
