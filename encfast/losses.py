@@ -19,20 +19,24 @@ from encfast.packed import PackedBatch
 IGNORE = -100  # torch's and transformers' label for "predict nothing here"
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float | None = None
+) -> Tensor:
     """Mean cross entropy over the rows whose target is not -100; 0 if there is none.
 
     Args:
         logits: ``[M, V]``.
         targets: int64 ``[M]`` in [0, V), or -100.
-        label_smoothing: share of the target, in [0, 1], that is spread evenly over all V.
+        label_smoothing: share of the target, in [0, 1], that is spread evenly over all V; none by
+            default.
     """
     total = F.cross_entropy(
         _wide(logits),
         targets,
         ignore_index=IGNORE,
         reduction="sum",
-        label_smoothing=label_smoothing,
+        # A default of 0.0 would be a symbol to the compiler, which traces a second time for it.
+        label_smoothing=0.0 if label_smoothing is None else label_smoothing,
     )
     return total / (targets != IGNORE).sum().clamp(min=1)
 
@@ -81,7 +85,7 @@ def classification_loss(
     labels: Tensor,
     kept: Tensor | None = None,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
 ) -> Tensor:
     """Cross entropy for integer labels, mean squared error for floating ones (regression).
 
