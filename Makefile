@@ -30,13 +30,18 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint verify sanitize gpu-check wheel wheel-cuda clean
+.PHONY: bench test test-native test-interp lint verify sanitize gpu-check wheel wheel-cuda clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
 
-test: $(VENV)/.native
+# Two processes; `make -j2 -Oline test` runs them side by side.
+test: test-native test-interp
+
+test-native: $(VENV)/.native
 	$(BIN)/python -m pytest -q $(TESTS)
+
+test-interp: $(VENV)/.native
 	$(INTERPRET) -m pytest -q tests/interp
 
 verify: $(VENV)/.native

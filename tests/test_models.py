@@ -232,7 +232,14 @@ def test_compiles_whole_in_two_graphs(name, checkpointing):
 
 
 @tiny
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    # The second shows what the first does; the first tells whose fault a failure is.
+    [
+        pytest.param(False, id="plain", marks=pytest.mark.slow),
+        pytest.param(True, id="checkpointing"),
+    ],
+)
 def test_compiles_whole_with_dropout(name, checkpointing):
     """As published, dropout included: the compiled step draws what the eager one does."""
     model = encfast.create(name).train()
