@@ -55,6 +55,36 @@ class Tied:
         }
 
 
+def both(ours: str, *theirs: str) -> list[Tied]:
+    """Weight and bias of one layer; of several of theirs, a fused one."""
+    return [
+        Tied(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        for kind in ("weight", "bias")
+    ]
+
+
+def tied_token(ours: str, theirs: str, dim: int) -> Tied:
+    """A class or mask token: ``[dim]`` here, ``[1, 1, dim]`` elsewhere."""
+    return Tied(ours, (theirs,), shapes=((dim,), (1, 1, dim)))
+
+
+def tied_table(ours: str, theirs: str, rows: int, dim: int) -> Tied:
+    """A table of positions: ``[rows, dim]`` here, ``[1, rows, dim]`` elsewhere."""
+    return Tied(ours, (theirs,), shapes=((rows, dim), (1, rows, dim)))
+
+
+def vit_block(ours: str, theirs: str) -> list[Tied]:
+    """A pre-norm :class:`~encfast.layers.Block`, as transformers names the parts of a ViT's."""
+    return [
+        *both(f"{ours}.norm1", f"{theirs}.layernorm_before"),
+        *both(f"{ours}.attn.qkv", *(f"{theirs}.attention.{x}_proj" for x in "qkv")),
+        *both(f"{ours}.attn.out", f"{theirs}.attention.o_proj"),
+        *both(f"{ours}.norm2", f"{theirs}.layernorm_after"),
+        *both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+        *both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+    ]
+
+
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``config.json`` and all tensors of ``*.safetensors`` in a local folder.
 

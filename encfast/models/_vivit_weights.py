@@ -13,7 +13,7 @@ from encfast.config import nearest
 from encfast.layers import resize_positions
 from encfast.layers.patch import flat_kernel
 from encfast.models._vivit_encoder import Encoder
-from encfast.weights import Tied
+from encfast.weights import Tied, both, tied_table, tied_token, vit_block
 
 if TYPE_CHECKING:
     from encfast.models.vivit import Vivit, VivitConfig
@@ -53,37 +53,15 @@ def image_names(config: VivitConfig) -> list[Tied]:
     """Name map of tubelets and spatial transformer to transformers' ViTModel."""
     c, rows = config, 1 + config.num_patches
     entries = [
-        Tied("spatial.class_token", ("embeddings.cls_token",), shapes=((c.dim,), (1, 1, c.dim))),
-        Tied(
-            "spatial.positions.table",
-            ("embeddings.position_embeddings",),
-            shapes=((rows, c.dim), (1, rows, c.dim)),
-        ),
+        tied_token("spatial.class_token", "embeddings.cls_token", c.dim),
+        tied_table("spatial.positions.table", "embeddings.position_embeddings", rows, c.dim),
         Tied("embed.proj.weight", (_KERNEL,), **flat_kernel(c.dim, c.channels, c.patch_size)),
         Tied("embed.proj.bias", (_KERNEL.replace("weight", "bias"),)),
-        *_both("spatial.norm", "layernorm"),
+        *both("spatial.norm", "layernorm"),
     ]
     for i in range(c.spatial_depth):
-        entries += _block(f"spatial.stack.blocks.{i}", f"layers.{i}")
+        entries += vit_block(f"spatial.stack.blocks.{i}", f"layers.{i}")
     return entries
-
-
-def _block(ours: str, theirs: str) -> list[Tied]:
-    return [
-        *_both(f"{ours}.norm1", f"{theirs}.layernorm_before"),
-        *_both(f"{ours}.attn.qkv", *(f"{theirs}.attention.{x}_proj" for x in "qkv")),
-        *_both(f"{ours}.attn.out", f"{theirs}.attention.o_proj"),
-        *_both(f"{ours}.norm2", f"{theirs}.layernorm_after"),
-        *_both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
-        *_both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
-    ]
-
-
-def _both(ours: str, *theirs: str) -> list[Tied]:
-    return [
-        Tied(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
-        for kind in ("weight", "bias")
-    ]
 
 
 def load_image_model(model: Vivit, tensors: Mapping[str, Tensor], inflation: Inflation) -> None:

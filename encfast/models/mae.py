@@ -28,18 +28,18 @@ from encfast.config import BlockConfig, nearest, with_drop_path
 from encfast.data.images import ImageBatch, smooth_images
 from encfast.data.mask_grids import keep_count
 from encfast.data.patches import random_mask
-from encfast.layers import FixedPositions, Norm, PatchEmbed, Stack
+from encfast.layers import FixedPositions, Norm, PatchEncoder, Stack
 from encfast.layers.base import Model, init_xavier
 from encfast.layers.patch import IMAGENET_MEAN, IMAGENET_STD, flat_kernel
 from encfast.packed import PackedBatch
 from encfast.patch_mask import PatchMask
 from encfast.registry import ModelInfo, register
-from encfast.weights import Tied
+from encfast.weights import Tied, both, tied_table, tied_token, vit_block
 
 __all__ = ["Losses", "Mae", "MaeConfig"]
 
 Task = Literal["masked-image", "classification"]
-_TOKEN_STD = 0.02  # of the class and the mask token
+_TOKEN_STD = 0.02  # of the mask token
 _HEAD_STD = 2e-5  # of the classifier, in the published fine-tuning
 
 
@@ -168,20 +168,16 @@ class Mae(Model):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config, self.task = config, config.task
-        self.embed = PatchEmbed(
+        self.encoder = PatchEncoder(
+            config.image_size,
             config.patch_size,
-            config.dim,
+            config.encoder_blocks(),
+            axes=(1, 0),
             channels=config.channels,
             mean=config.pixel_mean,
             std=config.pixel_std,
             **factory,
         )
-        self.class_token = nn.Parameter(torch.empty(config.dim, **factory))
-        self.positions = FixedPositions(
-            config.grid, config.dim, axes=(1, 0), class_token=True, device=device
-        )
-        self.stack = Stack(config.encoder_blocks(), **factory)
-        self.norm = Norm(config.dim, eps=config.norm_eps, **factory)
         self.decoder = Decoder(config, **factory) if config.task == "masked-image" else None
         self.head: nn.Linear | None = None
         if config.task == "classification":
@@ -191,7 +187,6 @@ class Mae(Model):
     def reset_parameters(self) -> None:
         """Draws all parameters anew."""
         init_xavier(self)
-        nn.init.normal_(self.class_token, std=_TOKEN_STD)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=_HEAD_STD)
 
@@ -203,7 +198,7 @@ class Mae(Model):
             generator: of the noise, on that device.
         """
         keep = keep_count(self.config.num_patches, self.config.mask_ratio)
-        device = self.class_token.device
+        device = self.encoder.class_token.device
         return random_mask(batch, self.config.grid, keep, generator=generator, device=device)
 
     def encode(self, images: Tensor, mask: PatchMask | None = None) -> PackedBatch:
@@ -216,26 +211,7 @@ class Mae(Model):
         Raises:
             ValueError: for images of another size, or a mask of another number of patches.
         """
-        x = self._visible(images, mask)
-        x = self.stack(x)  # [B * (1 + K), C]
-        return x.with_data(self.norm(x.data))
-
-    def _visible(self, images: Tensor, mask: PatchMask | None) -> PackedBatch:
-        size = tuple(images.shape[2:])
-        if size != self.config.image_size:
-            raise ValueError(f"images has size {size}, expected {self.config.image_size}")
-        mask = self._mask_of(images) if mask is None else mask
-        if mask.total != images.shape[0] * self.config.num_patches:
-            raise ValueError(
-                f"mask has {mask.total} patches, expected {self.config.num_patches} for each of "
-                f"{images.shape[0]} images"
-            )
-        rows = self.embed(images, mask.visible)  # [B * K, C]
-        return mask.visible_plan().build(rows, self.class_token, self.positions())
-
-    def _mask_of(self, images: Tensor) -> PatchMask:
-        count = self.config.num_patches
-        return PatchMask.all_visible(images.shape[0], count, device=images.device)
+        return self.encoder(images, mask)
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Tensor:
         """What the task predicts.
@@ -270,15 +246,15 @@ class Mae(Model):
 
     def _classify(self, images: Tensor, mask: PatchMask | None) -> Tensor:
         assert self.head is not None
-        x = self._visible(images, mask)
+        encoder = self.encoder
+        mask = encoder.all_visible(images) if mask is None else mask
+        x = encoder.embedded(images, mask)
         if self.config.pooling == "class":
-            pooled = self.stack(x, rows=x.first_rows())  # [B, C]
+            pooled = encoder.stack(x, rows=x.first_rows())  # [B, C]
         else:
-            x = self.stack(x)  # [B * (1 + K), C]
-            patches = self._mask_of(images) if mask is None else mask
-            rows = ops.gather_rows(x.data, patches.visible_rows())  # [B * K, C]
-            pooled = rows.unflatten(0, (images.shape[0], patches.max_visible)).mean(1)  # [B, C]
-        return self.head(self.norm(pooled))  # [B, K]
+            rows = ops.gather_rows(encoder.stack(x).data, mask.visible_rows())  # [B * K, C]
+            pooled = rows.unflatten(0, (images.shape[0], mask.max_visible)).mean(1)  # [B, C]
+        return self.head(encoder.norm(pooled))  # [B, K]
 
     def loss(self, batch: ImageBatch) -> Losses:
         """Mean squared error of hidden pixels, or cross entropy of labels.
@@ -293,7 +269,7 @@ class Mae(Model):
             return Losses(loss, classification=loss)
         mask = self.draw_mask(batch.images.shape[0]) if batch.mask is None else batch.mask
         predicted = self(batch.images, mask)  # [B * (P - K), Q]
-        pixels = self.embed.pixels(
+        pixels = self.encoder.embed.pixels(
             batch.images, mask.hidden, channels_last=True, dtype=torch.float32
         )
         loss = losses.pixel_loss(predicted, pixels, normalise=self.config.norm_pix_loss)
@@ -306,13 +282,15 @@ class Mae(Model):
         Normalised predictions are put back to the mean and the deviation of the patches they stand
         for, as the paper's pictures are made.
         """
-        pixels = self.embed.pixels(images, channels_last=True, dtype=torch.float32)  # [B * P, Q]
+        pixels = self.encoder.embed.pixels(
+            images, channels_last=True, dtype=torch.float32
+        )  # [B * P, Q]
         predicted = self(images, mask).float()
         if self.config.norm_pix_loss:
             mean, deviation = losses.patch_moments(pixels[mask.hidden])
             predicted = predicted * deviation + mean
         rows = pixels.index_copy(0, mask.hidden, predicted)
-        return ops.fold_patches(rows, images.shape, self.embed.patch, channels_last=True)
+        return ops.fold_patches(rows, images.shape, self.encoder.embed.patch, channels_last=True)
 
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
@@ -334,59 +312,34 @@ class Mae(Model):
         decoder and ``keep`` the head.
         """
         c = self.config
+        rows = 1 + c.num_patches
         entries = [
-            _token("class_token", "vit.embeddings.cls_token", c.dim),
-            _table("positions", "vit.embeddings.position_embeddings", c.num_patches, c.dim),
+            tied_token("encoder.class_token", "vit.embeddings.cls_token", c.dim),
+            tied_table(
+                "encoder.positions.table", "vit.embeddings.position_embeddings", rows, c.dim
+            ),
             Tied(
-                "embed.proj.weight",
+                "encoder.embed.proj.weight",
                 ("vit.embeddings.patch_embeddings.projection.weight",),
                 **flat_kernel(c.dim, c.channels, c.patch_size),
             ),
-            Tied("embed.proj.bias", ("vit.embeddings.patch_embeddings.projection.bias",)),
-            *_both("norm", "vit.layernorm"),
+            Tied("encoder.embed.proj.bias", ("vit.embeddings.patch_embeddings.projection.bias",)),
+            *both("encoder.norm", "vit.layernorm"),
         ]
         for i in range(c.depth):
-            entries += _block(f"stack.blocks.{i}", f"vit.layers.{i}")
+            entries += vit_block(f"encoder.stack.blocks.{i}", f"vit.layers.{i}")
         if self.decoder is None:
             return entries
         entries += [
-            _token("decoder.mask_token", "decoder.mask_token", c.decoder_dim),
-            _table("decoder.positions", "decoder.decoder_pos_embed", c.num_patches, c.decoder_dim),
-            *_both("decoder.embed", "decoder.decoder_embed"),
-            *_both("decoder.norm", "decoder.decoder_norm"),
-            *_both("decoder.predict", "decoder.decoder_pred"),
+            tied_token("decoder.mask_token", "decoder.mask_token", c.decoder_dim),
+            tied_table("decoder.positions.table", "decoder.decoder_pos_embed", rows, c.decoder_dim),
+            *both("decoder.embed", "decoder.decoder_embed"),
+            *both("decoder.norm", "decoder.decoder_norm"),
+            *both("decoder.predict", "decoder.decoder_pred"),
         ]
         for i in range(c.decoder_depth):
-            entries += _block(f"decoder.stack.blocks.{i}", f"decoder.decoder_layers.{i}")
+            entries += vit_block(f"decoder.stack.blocks.{i}", f"decoder.decoder_layers.{i}")
         return entries
-
-
-def _token(ours: str, theirs: str, dim: int) -> Tied:
-    return Tied(ours, (theirs,), shapes=((dim,), (1, 1, dim)))
-
-
-def _table(ours: str, theirs: str, patches: int, dim: int) -> Tied:
-    rows = 1 + patches
-    return Tied(f"{ours}.table", (theirs,), shapes=((rows, dim), (1, rows, dim)))
-
-
-def _both(ours: str, *theirs: str) -> list[Tied]:
-    return [
-        Tied(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
-        for kind in ("weight", "bias")
-    ]
-
-
-def _block(ours: str, theirs: str) -> list[Tied]:
-    qkv = [f"{theirs}.attention.{name}_proj" for name in "qkv"]
-    return [
-        *_both(f"{ours}.norm1", f"{theirs}.layernorm_before"),
-        *_both(f"{ours}.attn.qkv", *qkv),
-        *_both(f"{ours}.attn.out", f"{theirs}.attention.o_proj"),
-        *_both(f"{ours}.norm2", f"{theirs}.layernorm_after"),
-        *_both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
-        *_both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
-    ]
 
 
 VARIANTS = {

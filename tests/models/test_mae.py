@@ -106,7 +106,7 @@ def test_the_encoder_is_that_of_transformers():
 @pytest.mark.quick
 def test_position_tables_are_those_of_transformers():
     model, theirs = tiny(**SQUARE), twins()[1]
-    for ours, name in ((model, "embeddings.position_embeddings"), (model.decoder, None)):
+    for ours, name in ((model.encoder, "embeddings.position_embeddings"), (model.decoder, None)):
         table = theirs.vit.get_parameter(name) if name else theirs.decoder.decoder_pos_embed
         torch.testing.assert_close(ours.positions(), table[0].detach(), atol=1e-6, rtol=0)
 
@@ -141,7 +141,7 @@ def test_hidden_pixels_never_reach_the_encoder():
     pixels, mask = images(model), model.draw_mask(3, generator=torch.Generator().manual_seed(1))
     rows = torch.ones(mask.total, model.config.patch_pixels)
     rows[mask.hidden] = torch.nan
-    poison = ops.fold_patches(rows, pixels.shape, model.embed.patch, channels_last=True)
+    poison = ops.fold_patches(rows, pixels.shape, model.encoder.embed.patch, channels_last=True)
     poisoned = pixels * poison
     assert poisoned.isnan().float().mean() == pytest.approx(0.75, abs=0.02)
     assert torch.equal(model.encode(poisoned, mask).data, model.encode(pixels, mask).data)
@@ -154,9 +154,9 @@ def test_the_loss_reads_hidden_patches_alone():
     model = tiny()
     pixels, mask = images(model).requires_grad_(), random_mask(3, (6, 4), 6)
     predicted = model(pixels.detach(), mask).detach()
-    targets = model.embed.pixels(pixels, mask.hidden, channels_last=True)
+    targets = model.encoder.embed.pixels(pixels, mask.hidden, channels_last=True)
     pixel_loss(predicted, targets, normalise=True).backward()
-    reached = ops.gather_patches(pixels.grad, None, model.embed.patch).any(1)
+    reached = ops.gather_patches(pixels.grad, None, model.encoder.embed.patch).any(1)
     assert torch.equal(reached, mask.hidden_grid())
 
 
@@ -212,7 +212,7 @@ def test_reconstruction_keeps_what_is_visible(norm_pix_loss):
     model = tiny(norm_pix_loss=norm_pix_loss)
     pixels, mask = images(model, 2), model.draw_mask(2)
     rows, original = (
-        ops.gather_patches(x, None, model.embed.patch, channels_last=True)
+        ops.gather_patches(x, None, model.encoder.embed.patch, channels_last=True)
         for x in (model.reconstruct(pixels, mask), pixels)
     )
     assert torch.equal(rows[mask.visible], original[mask.visible])
@@ -232,12 +232,13 @@ def test_classification_by_hand(pooling):
     model = tiny(task="classification", pooling=pooling)
     nn.init.normal_(model.head.weight)
     pixels, labels = images(model), torch.tensor([3, 1, -100])
-    x = model.embed(pixels).view(3, 24, -1) + model.positions()[1:]
-    x = torch.cat(((model.class_token + model.positions()[0]).expand(3, 1, -1), x), 1)
-    rows = model.stack(encfast.PackedBatch.from_lengths(x.flatten(0, 1), [25] * 3)).data
+    encoder = model.encoder
+    x = encoder.embed(pixels).view(3, 24, -1) + encoder.positions()[1:]
+    x = torch.cat(((encoder.class_token + encoder.positions()[0]).expand(3, 1, -1), x), 1)
+    rows = encoder.stack(encfast.PackedBatch.from_lengths(x.flatten(0, 1), [25] * 3)).data
     rows = rows.view(3, 25, -1)
     pooled = rows[:, 1:].mean(1) if pooling == "mean" else rows[:, 0]
-    expected = model.head(model.norm(pooled))
+    expected = model.head(encoder.norm(pooled))
     scores = model(pixels)
     assert_parity("scores", scores, expected)
     loss = model.loss(ImageBatch(pixels, labels=labels))
@@ -249,7 +250,7 @@ def test_classification_by_hand(pooling):
 @pytest.mark.quick
 def test_drop_path_of_fine_tuning():
     model = tiny(task="classification", drop_path=0.5, depth=3)
-    rates = [block.drop_path1.p for block in model.stack.blocks]
+    rates = [block.drop_path1.p for block in model.encoder.stack.blocks]
     assert rates == pytest.approx([0, 0.25, 0.5])
     nn.init.normal_(model.head.weight)
     pixels = images(model, 1).expand(8, -1, -1, -1)

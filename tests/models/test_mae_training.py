@@ -84,7 +84,8 @@ def test_pretraining_fills_in_digits(one_thread):
     # What one may say of hidden pixels without looking at the visible ones: their mean.
     mean_image = train[0].mean(0, keepdim=True).expand_as(held_out[0])
     rows = [
-        model.embed.pixels(x, mask.hidden, channels_last=True) for x in (mean_image, held_out[0])
+        model.encoder.embed.pixels(x, mask.hidden, channels_last=True)
+        for x in (mean_image, held_out[0])
     ]
     baseline = F.mse_loss(*rows).item()
     after = probe(model, train, held_out)
