@@ -204,6 +204,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none."""
+    error = _wide(predicted) - _wide(targets)
+    return error.square().sum() / max(error.numel(), 1)
+
+
 def pixel_loss(
     predicted: Tensor,
     pixels: Tensor,
@@ -223,10 +229,9 @@ def pixel_loss(
         unbiased: divide the variance by Q - 1, as MAE's published code does.
         eps: added to the variance.
     """
-    error = _wide(predicted) - (
-        normalised_patches(pixels, unbiased=unbiased, eps=eps) if normalise else _wide(pixels)
-    )
-    return error.square().sum() / max(error.numel(), 1)
+    if normalise:
+        pixels = normalised_patches(pixels, unbiased=unbiased, eps=eps)
+    return mean_squared_error(predicted, pixels)
 
 
 def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import losses, ops
@@ -296,11 +295,11 @@ class Cae(Model):
         encoded, latents = self.regress(batch.images, batch.mask)
         predicted = self.decode(encoded, latents, batch.mask)
         if self.config.objective == "features":
-            loss = cosine_loss(predicted, batch.targets)
+            loss = losses.scaled_cosine_error(predicted, batch.targets, beta=1.0)
             return Losses(loss, features=loss)
         tokens = losses.cross_entropy(predicted, batch.targets)
         target = self.latent_target(batch.images, batch.mask)
-        alignment = mean_squared_error(latents.data, target)
+        alignment = losses.mean_squared_error(latents.data, target)
         total = tokens + self.alignment_weight * alignment
         return Losses(total, tokens=tokens, alignment=alignment)
 
@@ -336,20 +335,6 @@ class Cae(Model):
         if self.task != "masked-image":
             raise ValueError(f"published names are those of task 'masked-image', not {self.task!r}")
         return published_names(self.config)
-
-
-def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none."""
-    wide = torch.promote_types(predicted.dtype, torch.float32)
-    error = predicted.to(wide) - target.to(wide)
-    return error.square().sum() / max(error.numel(), 1)
-
-
-def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean of 1 - cos over the rows of two ``[M, D]``, in fp32 or wider; 0 if there are none."""
-    wide = torch.promote_types(predicted.dtype, torch.float32)
-    cosine = F.cosine_similarity(predicted.to(wide), target.to(wide), dim=-1)
-    return (1 - cosine).sum() / max(cosine.shape[0], 1)
 
 
 _SMALL = {"dim": 384, "ffn_dim": 1536}
