@@ -207,8 +207,9 @@ def run_spec(
     with threads(1):
         tell("inputs")
         inputs = spec.inputs()
+        missing = {v.name: why_left_out(v, setting) for v in spec.variants}
         for variant in spec.variants:
-            if why_left_out(variant, setting):
+            if missing[variant.name]:
                 continue
             tell(f"verifying {variant.name}")
             calls[variant.name], gates[variant.name] = verified(spec, variant, inputs)
@@ -217,7 +218,7 @@ def run_spec(
     rows = tuple(
         _row(spec, inputs, v, calls[v.name].note, gates[v.name], times, roofs)
         if v.name in calls
-        else _missing_row(v, setting)
+        else _missing_row(v, missing[v.name])
         for v in spec.variants
     )
     quantities = {"tokens": spec.tokens, "flops": spec.flops, "bytes": spec.bytes}
@@ -250,8 +251,7 @@ def why_left_out(variant: Variant, setting: Setting) -> str:
     return ""
 
 
-def _missing_row(variant: Variant, setting: Setting) -> Row:
-    said = why_left_out(variant, setting)
+def _missing_row(variant: Variant, said: str) -> Row:
     return Row(variant.name, short_name(variant.dtype), variant.ours, "", None, said)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import BenchSpec, Call, Gate, Setting, Variant
+from harness import BenchSpec, Call, Setting, Variant
+from steps import Step, adamw_step, verify_step
 from torch import Tensor, nn
 
 from encfast import create
@@ -22,9 +23,6 @@ from encfast.patch_mask import PatchMask
 from encfast.weights import load
 
 FP32, BF16 = torch.float32, torch.bfloat16
-LEARNING_RATE = 1e-5
-# Relative; the loss of a step in bf16 is known to about three digits.
-TOLERANCE = {FP32: 1e-4, BF16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -86,32 +84,15 @@ def _inputs(case: Case, device: str) -> Inputs:
     return Inputs(case, images, noise, model.state_dict(), _peer_step(inputs, FP32)())
 
 
-def _step(
-    model: nn.Module, loss: Callable[[], Tensor], inputs: Inputs, dtype: torch.dtype
-) -> Callable[[], tuple[float, float]]:
-    """Forward, backward and AdamW; returns the loss and the norm of all gradients."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-
-    def step() -> tuple[float, float]:
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(inputs.images.device.type, BF16, enabled=dtype == BF16):
-            value = loss()
-        value.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimiser.step()
-        return value.item(), norm.item()
-
-    return step
-
-
-def _peer_step(inputs: Inputs, dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
+def _peer_step(inputs: Inputs, dtype: torch.dtype) -> Step:
     model = _transformers(inputs.case).train().to(inputs.images.device)
     model.load_state_dict(inputs.weights)
-    return _step(model, lambda: model(inputs.images, noise=inputs.noise).loss, inputs, dtype)
+    return adamw_step(
+        model, lambda: model(inputs.images, noise=inputs.noise).loss, inputs.images.device, dtype
+    )
 
 
-def _our_step(inputs: Inputs, dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
+def _our_step(inputs: Inputs, dtype: torch.dtype) -> Step:
     model = inputs.case.model().train().to(inputs.images.device)
     load(model, inputs.weights, model.reference_names())
     c = model.config
@@ -121,15 +102,7 @@ def _our_step(inputs: Inputs, dtype: torch.dtype) -> Callable[[], tuple[float, f
         mask = PatchMask.from_noise(inputs.noise, keep)
         return model.loss(ImageBatch(inputs.images, mask)).total
 
-    return _step(model, loss, inputs, dtype)
-
-
-def _verify(inputs: Inputs, variant: Variant, found: tuple[float, float]) -> Gate:
-    bar = TOLERANCE[variant.dtype]
-    worst = max(abs(x / e - 1) for x, e in zip(found, inputs.expected, strict=True))
-    if worst <= bar:
-        return Gate(True, f"gradients off by {worst:.0e}")
-    return Gate(False, f"loss or gradient norm is off by {worst:.0e}, expected at most {bar:.0e}")
+    return adamw_step(model, loss, inputs.images.device, dtype)
 
 
 def _spec(name: str, case: Case, dtype: torch.dtype, setting: Setting) -> BenchSpec:
@@ -148,7 +121,7 @@ def _spec(name: str, case: Case, dtype: torch.dtype, setting: Setting) -> BenchS
         title=f"MAE pre-training step, {case.title}, AdamW, {long}",
         inputs=lambda: _inputs(case, setting.device),
         variants=variants,
-        verify=_verify,
+        verify=verify_step,
         tokens=lambda inputs: float(inputs.noise.numel()),  # patches
         pairs=((variants[1].name, variants[0].name),),
         needs=("transformers",),

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from checkpoints import Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant
+from harness import BenchSpec, Call, Setting, Variant
 from shapes import by_arrival, by_length, docstrings, token_ids
+from steps import LEARNING_RATE, verify_step
 from timing import best_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -24,11 +25,8 @@ from encfast import PackedBatch
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MAX_TOKENS = 256  # a longer text would make the padded rows slower still
-LEARNING_RATE = 1e-5
 MAX_GRADIENT_NORM = 1.0
 MICRO_BATCHES = (2, 4, 8)  # 1 is slower: too few rows for the matmuls
-# Relative; the loss of a step in bf16 is known to about three digits.
-TOLERANCE = {FP32: 1e-4, BF16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -143,14 +141,6 @@ def _packed(inputs: Inputs, dtype: torch.dtype) -> Call:
     return Call(_encfast_trainer(inputs, dtype, everything).step, note="one batch")
 
 
-def _verify(inputs: Inputs, variant: Variant, found: tuple[float, float]) -> Gate:
-    bar = TOLERANCE[variant.dtype]
-    worst = max(abs(x / e - 1) for x, e in zip(found, inputs.expected, strict=True))
-    if worst <= bar:
-        return Gate(True, f"gradients off by {worst:.0e}")
-    return Gate(False, f"loss or gradient norm is off by {worst:.0e}, expected at most {bar:.0e}")
-
-
 def _tokens(inputs: Inputs) -> float:
     return float(sum(inputs.lengths))
 
@@ -180,7 +170,7 @@ def _spec(
         title=f"training step, {title}, {size.layers} layers x {size.channels}, AdamW, {long}",
         inputs=lambda: _inputs(ids, size, setting.device),
         variants=variants,
-        verify=_verify,
+        verify=verify_step,
         tokens=_tokens,
         pairs=tuple((ours, v.name) for v in variants[:-1]),
         needs=needs,

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant
+from harness import BenchSpec, Call, Setting, Variant
+from steps import Step, adamw_step, verify_step
 from torch import Tensor, nn
 
 from encfast import create
@@ -24,9 +25,6 @@ from encfast.models._vivit_weights import image_names
 from encfast.weights import Tied, export
 
 FP32, BF16 = torch.float32, torch.bfloat16
-LEARNING_RATE = 1e-5
-# Relative; the loss of a step in bf16 is known to about three digits.
-TOLERANCE = {FP32: 1e-4, BF16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -138,32 +136,7 @@ def _inputs(case: Case, device: str) -> Inputs:
     return Inputs(case, videos, labels, _peer_step(inputs, FP32, frozen=False)())
 
 
-def _step(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    watched: list[nn.Parameter],
-    inputs: Inputs,
-    dtype: torch.dtype,
-) -> Callable[[], tuple[float, float]]:
-    """Forward, backward and AdamW; returns the loss and the norm of the watched gradients."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learned, lr=LEARNING_RATE, fused=True)
-
-    def step() -> tuple[float, float]:
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(inputs.videos.device.type, BF16, enabled=dtype == BF16):
-            value = loss()
-        value.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in watched if p.grad is not None])
-        optimiser.step()
-        return value.item(), norm.item()
-
-    return step
-
-
-def _peer_step(
-    inputs: Inputs, dtype: torch.dtype, *, frozen: bool
-) -> Callable[[], tuple[float, float]]:
+def _peer_step(inputs: Inputs, dtype: torch.dtype, *, frozen: bool) -> Step:
     ours = inputs.case.model()
     model = Peer(ours.config, frozen=frozen).to(inputs.videos.device)
     model.load_state_dict(export(ours, _names(ours.config)))
@@ -173,25 +146,15 @@ def _peer_step(
     def loss() -> Tensor:
         return F.cross_entropy(model(inputs.videos).float(), inputs.labels)
 
-    return _step(model, loss, watched, inputs, dtype)
+    return adamw_step(model, loss, inputs.videos.device, dtype, watched)
 
 
-def _our_step(
-    inputs: Inputs, dtype: torch.dtype, *, frozen: bool
-) -> Callable[[], tuple[float, float]]:
+def _our_step(inputs: Inputs, dtype: torch.dtype, *, frozen: bool) -> Step:
     model = inputs.case.model()
     model = (model.second_stage() if frozen else model).train().to(inputs.videos.device)
     batch = ClipBatch.from_dense(inputs.videos, inputs.labels)
     watched = [*model.temporal.parameters(), *model.head.parameters()]
-    return _step(model, lambda: model.loss(batch).total, watched, inputs, dtype)
-
-
-def _verify(inputs: Inputs, variant: Variant, found: tuple[float, float]) -> Gate:
-    bar = TOLERANCE[variant.dtype]
-    worst = max(abs(x / e - 1) for x, e in zip(found, inputs.expected, strict=True))
-    if worst <= bar:
-        return Gate(True, f"gradients off by {worst:.0e}")
-    return Gate(False, f"loss or gradient norm is off by {worst:.0e}, expected at most {bar:.0e}")
+    return adamw_step(model, lambda: model.loss(batch).total, inputs.videos.device, dtype, watched)
 
 
 def _spec(name: str, case: Case, dtype: torch.dtype, setting: Setting) -> BenchSpec:
@@ -216,7 +179,7 @@ def _spec(name: str, case: Case, dtype: torch.dtype, setting: Setting) -> BenchS
         title=f"ViViT training step, {case.title}, AdamW, {long}",
         inputs=lambda: _inputs(case, setting.device),
         variants=variants,
-        verify=_verify,
+        verify=verify_step,
         tokens=lambda inputs: float(inputs.videos.shape[0] * inputs.videos.shape[2]),  # frames
         pairs=((full, peer_full), (frozen, peer_frozen), (frozen, full)),
         needs=("transformers",),
