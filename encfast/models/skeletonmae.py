@@ -32,29 +32,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import losses, ops
-from encfast.config import nearest
-from encfast.layers import BatchNorm, GATLayer, GCNLayer, GINLayer, Graph, checkpointed, pool
+from encfast.layers import checkpointed, pool
 from encfast.layers.base import Model
 from encfast.layers.dropout import StaticFloat
-from encfast.layers.graph import GraphNorm
+from encfast.models._skeletonmae_config import SkeletonMaeConfig
 from encfast.models._skeletonmae_data import SkeletonBatch, check_rows, jitter, normalise
 from encfast.models._skeletonmae_figures import ACTIONS, stick_figures
+from encfast.models._skeletonmae_layers import GraphStack, StrlLayer, time_line
 from encfast.models._skeletonmae_masking import (
     COCO_EDGES,
     COCO_PARTS,
     NUM_JOINTS,
-    RIGHT_ARM,
-    RIGHT_LEG,
-    check_choice,
-    check_parts,
-    check_ratio,
     mask_joints,
     mask_parts,
 )
@@ -75,85 +70,6 @@ __all__ = [
     "stick_figures",
 ]
 
-Task = Literal["pretraining", "classification"]
-Convolution = Literal["gin", "gcn", "gat"]
-Masking = Literal["parts", "joints"]
-
-
-@dataclass(frozen=True)
-class SkeletonMaeConfig:
-    """SkeletonMAE as pre-trained for its best figures: right arm and right leg are masked."""
-
-    num_joints: int = NUM_JOINTS  # V
-    edges: tuple[tuple[int, int], ...] = COCO_EDGES
-    parts: tuple[tuple[int, ...], ...] = COCO_PARTS  # joints of each body part
-    coords: int = 2  # of a joint
-    dim: int = 64  # D: channels of an embedded joint
-    hidden_dim: int = 64  # Dh: channels of the encoder
-    convolution: Convolution = "gin"
-    norm: GraphNorm = "batch"  # inside GIN layers
-    encoder_depth: int = 3  # L_D
-    decoder_depth: int = 1
-
-    task: Task = "pretraining"
-    beta: float = 2.0  # exponent of the cosine error, >= 1
-    reduction: Literal["mean", "rescaled"] = "mean"  # see losses.scaled_cosine_error
-    masking: Masking = "parts"
-    maskable_parts: tuple[int, ...] = (RIGHT_ARM, RIGHT_LEG)  # to draw from, in every frame
-    num_masked_parts: int = 2  # to draw
-    mask_ratio: float = 0.3  # share of the joints, if masking is "joints"
-
-    num_labels: int = 99  # K
-    num_persons: int = 2  # P
-    depth: int = 3  # M: layers of the STRL stack
-    num_frames: int = 64  # longest clip
-    kernel_size: int = 5  # frames, odd
-    dilations: tuple[int, ...] = (1, 2)  # of the temporal branches
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("task", Task), ("convolution", Convolution), ("masking", Masking)):
-            if getattr(self, name) not in get_args(kinds):
-                value = getattr(self, name)
-                raise ValueError(f"{name} {value!r} is unknown; {nearest(value, get_args(kinds))}")
-        positive = ("coords", "dim", "hidden_dim", "encoder_depth", "decoder_depth")
-        for name in (*positive, "num_labels", "num_persons", "depth", "num_frames", "kernel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        self.graph()
-        check_parts(self.parts, self.num_joints)
-        check_choice(self.maskable_parts, self.num_masked_parts, len(self.parts))
-        check_ratio(self.mask_ratio, self.num_joints)
-        if not self.beta >= 1:
-            raise ValueError(f"beta must be >= 1, got {self.beta}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
-        if not self.dilations or min(self.dilations) < 1:
-            raise ValueError(f"dilations must be >= 1, at least one of them, got {self.dilations}")
-        if self.task == "classification":
-            self._check_classifier()
-
-    def _check_classifier(self) -> None:
-        if self.hidden_dim != self.dim:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} must be dim={self.dim} to classify: what the "
-                "encoder finds is added to its input"
-            )
-        branches = len(self.dilations) + 2
-        if self.dim % branches:
-            raise ValueError(f"dim={self.dim} must be a multiple of the {branches} branches")
-
-    def graph(self) -> Graph:
-        """Joints and limbs."""
-        return Graph(self.num_joints, self.edges)
-
-    @property
-    def reach(self) -> int:
-        """Frames that a temporal branch looks to either side."""
-        return max(1, max(self.dilations) * (self.kernel_size // 2))
-
 
 @dataclass(frozen=True, eq=False)
 class Losses:
@@ -165,125 +81,6 @@ class Losses:
 
 
 torch.export.register_dataclass(Losses, serialized_type_name=f"{__name__}.Losses")
-
-
-class GraphStack(nn.Module):
-    """Graph layers with PReLU between them: ``[..., V, in_dim]`` -> ``[..., V, out_dim]``."""
-
-    def __init__(
-        self, config: SkeletonMaeConfig, in_dim: int, out_dim: int, depth: int, **factory: Any
-    ) -> None:
-        super().__init__()
-        graph, hidden = config.graph(), config.hidden_dim
-        widths = [in_dim, *[hidden] * (depth - 1), out_dim]
-        self.layers = nn.ModuleList()
-        for i in range(depth):
-            dims = widths[i], widths[i + 1]
-            layer: nn.Module
-            if config.convolution == "gin":
-                layer = GINLayer(graph, *dims, hidden_dim=hidden, norm=config.norm, **factory)
-            elif config.convolution == "gcn":
-                layer = GCNLayer(graph, *dims, **factory)
-            else:
-                layer = GATLayer(graph, *dims, **factory)
-            self.layers.append(layer)
-        self.acts = nn.ModuleList(nn.PReLU(**factory) for _ in range(depth - 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., V, in_dim]`` -> ``[..., V, out_dim]``."""
-        for layer, act in zip(self.layers, self.acts, strict=False):
-            x = act(layer(x))
-        return self.layers[-1](x)
-
-
-class TemporalPool(nn.Module):
-    """Several time scales side by side: dilated convolutions, a maximum, and the frame itself.
-
-    Clips stand one after another with ``reach`` rows of zeros between them, so that one convolution
-    over all pads every clip with zeros. The maximum follows a ReLU, where zeros change nothing.
-    """
-
-    def __init__(self, config: SkeletonMaeConfig, **factory: Any) -> None:
-        super().__init__()
-        self.branches = len(config.dilations) + 2
-        width = config.dim // self.branches
-        self.up = nn.Linear(config.dim, config.dim, **factory)
-        self.up_norm = BatchNorm(config.dim, **factory)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(
-                width,
-                width,
-                config.kernel_size,
-                padding=dilation * (config.kernel_size // 2),
-                dilation=dilation,
-                **factory,
-            )
-            for dilation in config.dilations
-        )
-        self.norm = BatchNorm(width * (self.branches - 1), **factory)
-
-    def forward(self, x: Tensor, spread: Tensor, back: Tensor) -> Tensor:
-        """``[N, J, D]`` -> ``[N, J, D]``; see :func:`time_line` for the indices."""
-        x = self.up_norm(self.up(x))
-        width = x.shape[-1] // self.branches
-        moving, still = x.split([width * (self.branches - 1), width], -1)
-        line = ops.gather_rows(F.relu(moving), spread)  # [L, J, 3 D / 4], zeros between clips
-        scales = line.permute(1, 2, 0).split(width, 1)  # of [J, D / 4, L]
-        pooled = [conv(part) for conv, part in zip(self.convs, scales, strict=False)]
-        pooled.append(_max_of_three(scales[-1]))
-        line = torch.cat(pooled, 1).permute(2, 0, 1)  # [L, J, 3 D / 4]
-        moving = self.norm(ops.gather_rows(line.contiguous(), back))
-        return torch.cat((moving, still), -1)
-
-
-def _max_of_three(x: Tensor) -> Tensor:
-    """Maximum over a frame and the two beside it, of ``[..., L]`` >= 0."""
-    # max_pool1d would compile once per length.
-    wide = F.pad(x, (1, 1))
-    return torch.maximum(torch.maximum(wide[..., :-2], wide[..., 2:]), x)
-
-
-def time_line(batch: PackedBatch, gap: int) -> tuple[Tensor, Tensor]:
-    """Where rows stand when every sequence is followed by ``gap`` rows of zeros.
-
-    Returns:
-        int64 ``[N + B * gap]``: the row at each place, -1 for zeros; int64 ``[N]``: the place of
-        each row.
-    """
-    rows = torch.arange(batch.total, device=batch.device)
-    back = rows + gap * batch.segment_ids()  # [N]
-    line = torch.full(
-        (batch.total + gap * batch.batch_size,), -1, dtype=torch.int64, device=batch.device
-    )
-    return line.index_copy(0, back, rows), back
-
-
-class StrlLayer(nn.Module):
-    """Spatial-Temporal Representation Learning: SM structure, temporal pooling, residual."""
-
-    def __init__(self, config: SkeletonMaeConfig, **factory: Any) -> None:
-        super().__init__()
-        dims = config.dim, config.hidden_dim, config.encoder_depth
-        self.encoders = nn.ModuleList(
-            GraphStack(config, *dims, **factory) for _ in range(config.num_persons)
-        )
-        self.mix = nn.Linear(config.dim, config.dim, **factory)
-        self.time = TemporalPool(config, **factory)
-        self.residual = nn.Linear(config.dim, config.dim, **factory)  # a 1 x 1 convolution
-
-    def structure(self, x: Tensor) -> Tensor:
-        """SM, ``[N, P, V, D]`` -> same: each joint and the sum of its body's encoded joints."""
-        bodies = [
-            encoder(person).sum(-2)  # [N, D]
-            for encoder, person in zip(self.encoders, x.unbind(1), strict=True)
-        ]
-        return x + torch.stack(bodies, 1)[:, :, None]
-
-    def forward(self, x: Tensor, spread: Tensor, back: Tensor) -> Tensor:
-        """``[N, P, V, D]`` -> same; see :func:`time_line` for the indices."""
-        y = F.relu(self.mix(self.structure(x)))
-        y = self.time(y.flatten(1, 2), spread, back).view(x.shape)
-        return F.relu(y + self.residual(x))
 
 
 class SkeletonMae(Model):
