@@ -367,8 +367,8 @@ def _tiny(setting: Setting) -> list[BenchSpec]:
 def _quick(setting: Setting) -> list[BenchSpec]:
     # Fewer texts for the rows that pad in the order of arrival: they take many times as long.
     # BERT-base is left to the full suite: its conversions alone take a minute.
-    padded = _minilm(24, batch_sizes=(), token_budgets=(1024, 2048), budget_s=4.0)
-    by_length = _minilm(40, batch_sizes=(4, 8), token_budgets=(2048, 4096), budget_s=8.0)
+    padded = _minilm(12, batch_sizes=(), token_budgets=(1024, 2048), budget_s=2.0)
+    by_length = _minilm(24, batch_sizes=(4, 8), token_budgets=(1024, 2048), budget_s=4.0)
     return [
         _spec("padded", padded, (*_PADDED, *_PACKED, *_ENGINE), setting),
         _spec(

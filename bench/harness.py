@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,7 @@ class Result:
     spec: BenchSpec
     rows: tuple[Row, ...]
     work: dict[str, float]  # tokens, flops and bytes of one call, as far as defined
+    took_s: float = 0.0  # making inputs, verifying and timing
 
     def row(self, variant: str) -> Row:
         """The row of one variant."""
@@ -202,6 +204,7 @@ def run_spec(
         roofs: of :func:`roof.measure`.
         tell: called with a few words on what happens next, for a progress bar.
     """
+    start = time.perf_counter()
     calls: dict[str, Call] = {}
     gates: dict[str, Gate] = {}
     with threads(1):
@@ -222,7 +225,8 @@ def run_spec(
         for v in spec.variants
     )
     quantities = {"tokens": spec.tokens, "flops": spec.flops, "bytes": spec.bytes}
-    return Result(spec, rows, {name: f(inputs) for name, f in quantities.items() if f})
+    work = {name: f(inputs) for name, f in quantities.items() if f}
+    return Result(spec, rows, work, time.perf_counter() - start)
 
 
 def verified(spec: BenchSpec, variant: Variant, inputs: Any) -> tuple[Call, Gate]:

@@ -116,7 +116,9 @@ def table(result: Result, setting: Setting) -> Table:
     cpu = setting.device == "cpu"
     first = "1 thread, CPU ms" if cpu else "ms"
     grid = Table(
-        title=f"{spec.title}  [dim]({spec.name})[/]", title_justify="left", box=box.SIMPLE_HEAD
+        title=f"{spec.title}  [dim]({spec.name}, {result.took_s:.0f} s)[/]",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     grid.add_column("variant", no_wrap=True)
     for name in (first, "p10..p90", spec.unit, "% of roof", "% of peak"):
@@ -247,6 +249,7 @@ def to_json(results: Sequence[Result], env: dict[str, Any]) -> dict[str, Any]:
                 "title": result.spec.title,
                 "unit": result.spec.unit,
                 "work": result.work,
+                "took_s": result.took_s,
                 "rows": [dataclasses.asdict(row) for row in result.rows],
             }
             for result in results

