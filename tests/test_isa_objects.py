@@ -19,6 +19,7 @@ from compiler import CXX, FLAGS, ISAS, knows
 
 ROOT = Path(__file__).parent.parent
 WIDE_ISAS = [isa for isa in ISAS if isa != "base"]
+VNNI_ISAS = {"avx512bf16", "avx512amx"}
 
 # What betrays an instruction (AT&T syntax of objdump), and the ISAs that have it.
 SIGNS = [
@@ -98,6 +99,22 @@ def test_disassembly_shows_wide_code():
         if isa in encfast._load.record["isas"]:
             assert f"7encfast{len(isa)}{isa}" in code
             assert register in code
+
+
+def test_sums_of_register_tiles_are_not_spilt():
+    """GCC 12 kept half of the int8 tile's sums on the stack: the product ran at half speed."""
+    if encfast._load.error is not None:
+        pytest.skip(f"no compiled library: {encfast._load.error}")
+    code = run("objdump", "-d", "--no-show-raw-insn", str(encfast._load.find_library()))
+    tiles, spilt, symbol = set(), set(), ""
+    for line in code.splitlines():
+        if m := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            symbol = m[1] if "gemm_rows" in m[1] and namespace_isa(m[1]) in VNNI_ISAS else ""
+            tiles |= {symbol} - {""}
+        elif symbol and re.search(r"%zmm.*\(%rsp\)|\(%rsp\).*%zmm", line):
+            spilt.add(symbol)
+    assert tiles or not VNNI_ISAS & set(encfast._load.record["isas"])
+    assert not spilt
 
 
 # A pointer keeps the optimiser from inlining the one weak function away.

@@ -33,7 +33,9 @@ struct DotInt8 {
   static ENCFAST_INLINE Vec add(Vec a, Vec b) { return (Vec)((IntVec)a + (IntVec)b); }
   static ENCFAST_INLINE Vec apply(Vec acc, Vec a, Vec b) {
 #if defined(__AVX512VNNI__)
-    return (Vec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+    // Not the intrinsic: GCC 12 copies the sums of a tile about for it, and spills half of them.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
 #elif defined(__AVX512F__)
     const __m512i x = (__m512i)a, w = (__m512i)b;
     const __m512i even = _mm512_madd_epi16(_mm512_srli_epi16(_mm512_slli_epi16(x, 8), 8),
