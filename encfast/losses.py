@@ -25,8 +25,8 @@ def cross_entropy(
     """Mean cross entropy over the rows whose target is not -100; 0 if there is none.
 
     Args:
-        logits: ``[M, V]``.
-        targets: int64 ``[M]`` in [0, V), or -100.
+        logits: ``[M, V]``; or ``[B, V, *size]`` of a grid.
+        targets: int64 ``[M]`` or ``[B, *size]`` in [0, V), or -100.
         label_smoothing: share of the target, in [0, 1], that is spread evenly over all V; none by
             default.
     """
@@ -39,6 +39,34 @@ def cross_entropy(
         label_smoothing=0.0 if label_smoothing is None else label_smoothing,
     )
     return total / (targets != IGNORE).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over images and classes of 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)); 0 if there are none.
+
+    p is the softmax over the classes and t one-hot; sums run over an image. Images without a label
+    are left out. Source: Milletari et al. 2016, arXiv 1606.04797, section 3.
+
+    Args:
+        logits: ``[B, V, *size]``.
+        targets: int64 ``[B, *size]`` in [0, V); where -100 stands, nothing counts.
+
+    Raises:
+        ValueError: for targets of another shape.
+    """
+    if targets.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected [B, *size] of the logits "
+            f"{tuple(logits.shape)}"
+        )
+    kept = (targets != IGNORE).unsqueeze(1)
+    p = (_wide(logits).softmax(1) * kept).flatten(2)  # [B, V, n]
+    t = F.one_hot(targets.clamp(min=0), logits.shape[1]).movedim(-1, 1) * kept
+    t = t.flatten(2).to(p.dtype)
+    overlap, area = (p * t).sum(-1), (p.square() + t).sum(-1)  # [B, V]; t is its own square
+    counted = kept.flatten(1).any(1, keepdim=True)  # [B, 1]
+    terms = (1 - 2 * overlap / (area + 1e-6)) * counted
+    return terms.sum() / (counted.sum() * overlap.shape[1]).clamp(min=1)
 
 
 def masked_lm_rows(labels: Tensor) -> Tensor:

@@ -200,6 +200,12 @@ class PatchMask:
         """int64 ``[M]``: rows of the patches ``ids`` behind the class rows of a decoder."""
         return ids + self._owners(ids, self.cu_seqlens) + 1
 
+    def suffix_rows(self) -> Tensor:
+        """int64 ``[N - K]``: rows of the hidden patches where :meth:`suffix_plan` puts them."""
+        source = torch.arange(self.hidden.shape[0], device=self.hidden.device)
+        owner = self._owners(source, self.cu_hidden)
+        return source + self.cu_visible[owner + 1] + owner + 1
+
     def visible_plan(self, *, class_token: bool = True, own_positions: bool = False) -> RowPlan:
         """An encoder's rows: a class token, then the visible patches.
 
@@ -242,6 +248,27 @@ class PatchMask:
         class_rows = self.cu_visible.long() + torch.arange(self.batch_size + 1).to(ids)
         places = plan.cu_seqlens[:-1].long()
         return replace(plan, index=plan.index.scatter(0, places, class_rows[:-1]))
+
+    def suffix_plan(self) -> RowPlan:
+        """A decoder's rows: the class row, the visible patches, then the hidden ones.
+
+        Each kind stands in the order in which the mask lists it; positions follow. Builds from the
+        encoder's rows as :meth:`visible_plan` has arranged them, filled with the mask token.
+        """
+        batch, total = self.batch_size, self.total
+        steps = torch.arange(batch + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        ends, encoder_ends = self.cu_seqlens + steps, self.cu_visible + steps
+        # Row 0 of each sequence is its class row, in the encoder's batch as here.
+        first, encoder_first = ends[:-1].long(), encoder_ends[:-1].long()
+        source = self.visible_rows()
+        owner = self._owners(source, encoder_ends)
+        place = source - encoder_first[owner] + first[owner]
+        index = source.new_full((total + batch,), -1)
+        index = index.scatter(0, first, encoder_first).scatter(0, place, source)
+        added = source.new_zeros(total + batch)
+        added = added.scatter(0, place, self.patches_of(self.visible) + 1)
+        added = added.scatter(0, self.suffix_rows(), self.patches_of(self.hidden) + 1)
+        return RowPlan(index, added, ends, self.max_patches + 1)
 
     def _behind_class_rows(
         self,

@@ -52,6 +52,28 @@ def wsd_schedule(
     return 1.0 - (1.0 - final) * min((now - start) / decay, 1.0)
 
 
+def cosine_schedule(now: float, warmup: float, total: float, *, final: float = 0.0) -> float:
+    """Linear from 0 to 1, then half a cosine from 1 to ``final`` at ``total``.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
+
+    Args:
+        now: progress, >= 0; past ``total`` the factor stays at ``final``.
+        warmup: duration of the rise.
+        total: duration of everything.
+        final: factor at ``total``.
+
+    Raises:
+        ValueError: if the rise does not fit into the whole.
+    """
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup must be in [0, total), got {warmup} of {total}")
+    if now < warmup:
+        return now / warmup
+    done = min((now - warmup) / (total - warmup), 1.0)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
 def one_minus_sqrt(now: float, total: float, *, final: float = 0.0) -> float:
     """From 1 to ``final`` along 1 - sqrt(now / total) (Hägele et al. 2024, arXiv 2405.18392).
 

@@ -197,3 +197,38 @@ def test_scaled_cosine_error_names_what_is_wrong():
         losses.scaled_cosine_error(x, x, reduction="sum")
     with pytest.raises(ValueError, match=r"targets has shape \(2, 2\), expected \(3, 2\)"):
         losses.scaled_cosine_error(x, x[:2])
+
+
+def test_dice_loss_by_hand():
+    logits, targets = torch.randn(3, 4, 2, 5), torch.randint(4, (3, 2, 5))
+    targets[1, 0, :2] = -100
+    targets[2] = -100  # no label: left out
+    terms = []
+    for b in range(2):
+        kept = targets[b] != -100
+        p = logits[b].softmax(0)[:, kept]
+        for k in range(4):
+            t = (targets[b][kept] == k).float()
+            terms.append(1 - 2 * (p[k] * t).sum() / (p[k].square().sum() + t.sum() + 1e-6))
+    torch.testing.assert_close(losses.dice_loss(logits, targets), torch.stack(terms).mean())
+
+
+def test_dice_loss_at_its_ends():
+    targets = torch.randint(3, (2, 4, 4, 4))
+    right = 100.0 * F.one_hot(targets, 3).movedim(-1, 1)
+    assert losses.dice_loss(right, targets) == pytest.approx(0, abs=1e-5)
+    assert losses.dice_loss(right.roll(1, 1), targets) == pytest.approx(1, abs=1e-5)
+    nothing = torch.zeros(0, 3, 4, requires_grad=True)
+    loss = losses.dice_loss(nothing, torch.zeros(0, 4, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and nothing.grad.shape == (0, 3, 4)
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 4\), expected \[B, \*size\]"):
+        losses.dice_loss(right, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_cross_entropy_of_a_grid_is_that_of_its_cells():
+    logits, targets = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
+    targets[0, 1] = -100
+    rows = logits.movedim(1, -1).flatten(0, 2)
+    expected = losses.cross_entropy(rows, targets.flatten())
+    torch.testing.assert_close(losses.cross_entropy(logits, targets), expected)

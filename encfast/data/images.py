@@ -19,7 +19,7 @@ class ImageBatch:
     images: Tensor  # [B, C, *size], floating or uint8
     mask: PatchMask | None = None  # which patches are visible
     targets: Tensor | None = None  # int64 ids of hidden patches, or floating features; see models
-    labels: Tensor | None = None  # int64 [B], -100 for none
+    labels: Tensor | None = None  # int64 [B], or [B, *size] of each pixel; -100 for none
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
         """Every tensor on ``device``."""

@@ -18,6 +18,7 @@ def random_mask(
     grid: Sequence[int],
     keep: int,
     *,
+    ordered: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> PatchMask:
@@ -27,6 +28,7 @@ def random_mask(
         batch: B, sequences.
         grid: patches along each axis of an image, a clip or a volume.
         keep: visible patches of each, in 1..P.
+        ordered: list them, and the hidden ones, in ascending order, otherwise in a random one.
         generator: of the noise, on ``device``.
         device: of the mask; by default the generator's.
 
@@ -35,7 +37,7 @@ def random_mask(
     """
     patches = math.prod(check_grid(grid, len(grid)))
     noise = _noise(batch, patches, generator, device)
-    return PatchMask.from_noise(noise, check_keep(keep, patches))
+    return PatchMask.from_noise(noise, check_keep(keep, patches), ordered=ordered)
 
 
 def tube_mask(

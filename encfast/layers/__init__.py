@@ -9,7 +9,7 @@ from encfast.layers.attention import Attention, alibi_slopes
 from encfast.layers.batchnorm import BatchNorm, checkpointed
 from encfast.layers.block import Block, Stack
 from encfast.layers.cache import KVCache
-from encfast.layers.cross import CrossAttention
+from encfast.layers.cross import CrossAttention, CrossBlock
 from encfast.layers.dropout import Dropout, DropPath
 from encfast.layers.embed import Embeddings
 from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
@@ -35,6 +35,7 @@ __all__ = [
     "Block",
     "ClassificationHead",
     "CrossAttention",
+    "CrossBlock",
     "DropPath",
     "Dropout",
     "Embeddings",

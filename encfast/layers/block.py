@@ -183,19 +183,53 @@ class Stack(nn.Module):
         """
         tables = self._rope_tables(batch, caches)
         for i in range(self.depth):
-            block = self.blocks[i % len(self.blocks)]
-            which = self.rotary_of[i]
-            rope = None if which is None else tables[which]
             cache = None if caches is None else caches[i]
             last = rows if i == self.depth - 1 else None
-            if self.gradient_checkpointing and self.training and cache is None:
-                x = _checkpointed(block, batch, last, rope)
-            else:
-                x = block.forward_rows(batch, last, rope, cache)
+            x = self._run(i, batch, last, tables, cache)
             if last is not None:
                 return x
             batch = batch.with_data(x)
         return batch if rows is None else ops.gather_rows(batch.data, rows)
+
+    def levels(
+        self, batch: PackedBatch, which: Sequence[int]
+    ) -> tuple[PackedBatch, list[PackedBatch]]:
+        """Runs all blocks, and keeps what some of them return.
+
+        Args:
+            batch: rows ``[N, C]``.
+            which: indices of blocks, from 0.
+
+        Returns:
+            What the last block returns, and what the blocks ``which`` do, in that order.
+
+        Raises:
+            ValueError: for an index outside of 0..depth - 1.
+        """
+        for i in which:
+            if not 0 <= i < self.depth:
+                raise ValueError(f"which holds {i}, expected blocks 0..{self.depth - 1}")
+        tables = self._rope_tables(batch, None)
+        kept: dict[int, PackedBatch] = {}
+        for i in range(self.depth):
+            batch = batch.with_data(self._run(i, batch, None, tables, None))
+            if i in which:
+                kept[i] = batch
+        return batch, [kept[i] for i in which]
+
+    def _run(
+        self,
+        i: int,
+        batch: PackedBatch,
+        rows: Tensor | None,
+        tables: Sequence[tuple[Tensor, Tensor]],
+        cache: KVCache | None,
+    ) -> Tensor:
+        block, which = self.blocks[i % len(self.blocks)], self.rotary_of[i]
+        rope = None if which is None else tables[which]
+        if self.gradient_checkpointing and self.training and cache is None:
+            return _checkpointed(block, batch, rows, rope)
+        return block.forward_rows(batch, rows, rope, cache)
 
     def _rope_tables(
         self, batch: PackedBatch, caches: Sequence[KVCache] | None

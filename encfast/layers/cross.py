@@ -1,4 +1,4 @@
-"""Multi-head cross-attention: queries of one packed batch, keys and values of another."""
+"""Cross-attention: queries of one packed batch, keys and values of another; a block around it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from encfast import ops
 from encfast.config import BlockConfig
-from encfast.layers.dropout import StaticFloat
+from encfast.layers.attention import Attention
+from encfast.layers.dropout import Dropout, DropPath, StaticFloat
+from encfast.layers.mlp import MLP
+from encfast.layers.norm import Norm
 from encfast.packed import PackedBatch
 
 
@@ -99,3 +102,80 @@ class CrossAttention(nn.Module):
             dropout_p=(self.attn_dropout or None) if self.training else None,
         )  # [N, H, D]
         return self.out(out.flatten(1))
+
+
+class CrossBlock(nn.Module):
+    """A decoder's block: attention among the rows, attention to a context, MLP; pre-norm.
+
+    ``x = x + attn(norm0(x)); x = x + cross(norm1(x), context); x = x + mlp(norm2(x))``. The context
+    is read as it is.
+
+    Args:
+        config: of all three branches.
+        context_dim: channels of the context; None: dim.
+
+    Raises:
+        ValueError: for a config with post-norm, without the first norm or with LayerScale, and as
+            :class:`CrossAttention`.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        context_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        plain = config.norm_position == "pre" and config.first_norm and config.layer_scale is None
+        if not plain:
+            raise ValueError(
+                "a CrossBlock is pre-norm without LayerScale, got "
+                f"norm_position={config.norm_position!r}, first_norm={config.first_norm}, "
+                f"layer_scale={config.layer_scale}"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.attn = Attention(config, **factory)
+        self.cross = CrossAttention(config, context_dim=context_dim, **factory)
+        self.mlp = MLP(config, **factory)
+        self.norm0, self.norm1, self.norm2 = (
+            Norm(
+                config.dim,
+                kind=config.norm,
+                eps=config.norm_eps,
+                bias=config.norm_bias,
+                precision=config.norm_precision,
+                **factory,
+            )
+            for _ in range(3)
+        )
+        self.attn_drop, self.cross_drop = (Dropout(config.attn_out_dropout) for _ in range(2))
+        self.mlp_drop = Dropout(config.mlp_dropout)
+        self.drop_path = DropPath(config.drop_path)  # holds a rate only: one for three branches
+
+    def forward(
+        self, batch: PackedBatch, context: PackedBatch, rows: PackedBatch | None = None
+    ) -> PackedBatch:
+        """Rows ``[N, C]`` -> ``[N, C]``; with ``rows``, of M rows -> ``[M, C]``.
+
+        Args:
+            batch: ``[N, C]``, B sequences.
+            context: ``[Nk, Ck]``, as many.
+            rows: int64 ``[M]`` in 0..N - 1, the rows of each sequence that go on: every row is a
+                key of the self-attention, all that follows runs on these alone.
+
+        Raises:
+            ValueError: as :meth:`CrossAttention.forward`.
+        """
+        x, queries, ids = batch.data, batch, None
+        heads = self.attn.heads(batch.with_data(self.norm0(x)))  # [N, H * D]
+        if rows is not None:
+            queries, ids = rows, rows.data
+            x, heads = ops.gather_rows(x, ids), ops.gather_rows(heads, ids)
+        branch = self.drop_path(self.attn_drop(self.attn.out(heads)), batch, ids)
+        normed, x = self.norm1(branch, x, return_sum=True)
+        branch = self.cross_drop(self.cross(queries.with_data(normed), context))
+        normed, x = self.norm2(self.drop_path(branch, queries), x, return_sum=True)
+        branch = self.mlp_drop(self.mlp(normed))
+        return queries.with_data(x + self.drop_path(branch, queries))

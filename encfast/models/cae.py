@@ -186,7 +186,7 @@ class Cae(Model):
         seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
         hidden = block_hidden(c.grid, keep, seeds=seeds, min_patches=c.min_block)
         mask = PatchMask.from_hidden(torch.from_numpy(hidden), keep)
-        return mask.to(self.encoder.class_token.device)
+        return mask.to(self.encoder.embed.proj.weight.device)
 
     def encode(self, images: Tensor, mask: PatchMask | None = None) -> PackedBatch:
         """The encoder's rows, ``[B + K, C]``: class row, then the visible patches.

@@ -198,7 +198,7 @@ class Mae(Model):
             generator: of the noise, on that device.
         """
         keep = keep_count(self.config.num_patches, self.config.mask_ratio)
-        device = self.encoder.class_token.device
+        device = self.encoder.embed.proj.weight.device
         return random_mask(batch, self.config.grid, keep, generator=generator, device=device)
 
     def encode(self, images: Tensor, mask: PatchMask | None = None) -> PackedBatch:

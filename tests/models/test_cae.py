@@ -340,7 +340,7 @@ def test_the_target_passes_drop_path_while_training():
 @pytest.mark.quick
 def test_masks_hide_exactly_half_in_connected_blocks():
     model = encfast.create("cae/base", device="meta")
-    model.encoder.class_token = torch.nn.Parameter(torch.zeros(1))  # where masks go
+    model.encoder.embed.proj.weight = torch.nn.Parameter(torch.zeros(1))  # where masks go
     mask = model.draw_mask(1000, generator=torch.Generator().manual_seed(0))
     hidden = mask.hidden_grid().view(1000, 14, 14)
     assert (hidden.sum((1, 2)) == 98).all() and mask.max_hidden == mask.max_visible == 98
