@@ -87,6 +87,9 @@ def check_route(
 
 def _check_no_nan(op, logits, mask) -> None:
     if can_read_values(logits):
+        # The largest number tells at a tenth of the price whether there is any NaN.
+        if not logits.numel() or not logits.detach().max().isnan():
+            return
         bad = logits.detach().isnan().any(1)
         bad = bad if mask is None else bad & mask
         if bad.any():
