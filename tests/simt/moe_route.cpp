@@ -276,7 +276,7 @@ bool check_all_gates(Draw& draw) {
     }
   }
   return ok &&
-         check_gates(draw, {300, 2, 1, MoeRenormalise::kNone, MoeScoring::kSigmoid, false, true});
+         check_gates(draw, {150, 2, 1, MoeRenormalise::kNone, MoeScoring::kSigmoid, false, true});
 }
 
 // One token of two choices, of 3 experts.
