@@ -33,6 +33,7 @@ BENCHES = (
     "varlen_attn",
     "pad",
     "patch_gather",
+    "moe_route",
     "rotary",
     "add_norm",
     "glu",

@@ -118,6 +118,15 @@ def _restores(case: str) -> tuple[Target, ...]:
     return _masking(f"restore-{case}-fwd", f"restore {case} fwd", *peers, bars)
 
 
+def _experts(phase: str, dtype: str) -> tuple[Target, ...]:
+    bars = {"one-hot einsum": (5.0, 50.0), "argsort + index": (1.1, 1.5)}
+    spec = f"moe_route/layer-{phase}-switch-{dtype}"
+    return tuple(
+        Target(f"to experts and back {phase} {dtype}", spec, ("encfast",), (peer,), *bar)
+        for peer, bar in bars.items()
+    )
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -182,6 +191,12 @@ TARGETS: tuple[Target, ...] = (
     *_masks("N1568-fwd+bwd", {"fp32": (1.3, 1.5), "bf16": (4, 8)}),
     *_restores("N196"),
     *_restores("N1568"),
+    *(
+        t
+        for phase in ("fwd", "fwd+bwd")
+        for dtype in ("fp32", "bf16")
+        for t in _experts(phase, dtype)
+    ),
 )
 
 

@@ -72,6 +72,18 @@ WORK: dict[str, Callable[[int], Work]] = {
     "gather_patches_kernel": lambda D: (2, 4),
     "restore_rows_kernel": lambda D: (1, 6),
     "sum_sources_kernel": lambda D: (1, 2),
+    # Of a token's logit, choice or channel, two choices each.
+    "choose_kernel": lambda D: (8, 6),
+    "count_choices_kernel": lambda D: (0, 8),
+    "find_starts_kernel": lambda D: (1, 8),
+    "place_choices_kernel": lambda D: (0, 12),
+    "select_choices_kernel": lambda D: (32, 16),
+    "gates_kernel": lambda D: (2, 16),
+    "route_bwd_kernel": lambda D: (5, 10),
+    "permute_kernel": lambda D: (0, 4),
+    "unpermute_kernel": lambda D: (4, 6),
+    "unpermute_bwd_kernel": lambda D: (3, 6),
+    "jitter_kernel": lambda D: (30, 4),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from encfast import ops
 from encfast.packed import PackedBatch
+from encfast.routing import Routing
 
 IGNORE = -100  # torch's and transformers' label for "predict nothing here"
 
@@ -277,3 +278,56 @@ def patch_moments(
     # Not torch.var_mean, which warns where there are no patches.
     squares = (pixels - mean).square().sum(-1, keepdim=True)
     return mean, (squares / max(pixels.shape[-1] - int(unbiased), 1) + eps).sqrt()
+
+
+def load_balance_loss(
+    routing: Routing, *, choices: Literal["first", "all"] = "first", normalise: bool = False
+) -> Tensor:
+    """``E * sum_e mean_t(p_te) * f_e``: least where tokens are spread evenly over the experts.
+
+    f_e is the share of tokens that choose expert e, whether or not it has room for them: 1 at
+    perfect balance and E where all tokens go to one with probability 1. Rows that are no tokens
+    count for nothing.
+
+    Source: Switch Transformers (Fedus et al. 2022, arXiv 2101.03961), equation 4, which GShard and
+    DeepSpeed-MoE take from first choices alone.
+
+    Args:
+        routing: as :func:`encfast.ops.route_tokens` returns it.
+        choices: count first choices, or all K of a token, as Mixtral does (K at perfect balance).
+        normalise: divide a token's scores by their sum, where they are sigmoids (DeepSeek-V3,
+            arXiv 2412.19437, equations 17 to 20).
+
+    Raises:
+        ValueError: for another ``choices``, or a routing without probabilities.
+    """
+    if choices not in ("first", "all"):
+        raise ValueError(f"choices must be 'first' or 'all', got {choices!r}")
+    if routing.probabilities is None:
+        raise ValueError("routing has no probabilities, expected one of encfast.ops.route_tokens")
+    scores, experts = routing.probabilities, routing.num_experts
+    if normalise:
+        least = torch.finfo(scores.dtype).tiny
+        scores = scores / scores.sum(1, keepdim=True).clamp(min=least)
+    tokens = (routing.expert_ids[:, 0] >= 0).sum().clamp(min=1)
+    ids = routing.expert_ids[:, :1] if choices == "first" else routing.expert_ids
+    ids = torch.where(ids < 0, experts, ids).flatten().long()
+    counts = ids.new_zeros(experts + 1).index_add(0, ids, torch.ones_like(ids))[:experts]
+    return experts * (scores.sum(0) / tokens * (counts / tokens)).sum()
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of ``logsumexp(logits)^2``, which keeps a router's logits small.
+
+    Source: ST-MoE (Zoph et al. 2022, arXiv 2202.08906), equation 5.
+
+    Args:
+        logits: ``[N, E]``.
+        mask: bool ``[N]``, False where a row is no token.
+    """
+    logits = _wide(logits)
+    if mask is None:
+        return logits.logsumexp(1).square().sum() / max(logits.shape[0], 1)
+    # Filled before, not after: what stands in padding may be NaN, and 0 * NaN a gradient.
+    squares = logits.masked_fill(~mask[:, None], 0).logsumexp(1).square()
+    return squares.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

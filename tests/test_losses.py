@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encfast import PackedBatch, losses
+from encfast import PackedBatch, losses, ops
 from encfast.data.masking import mask_tokens
 
 pytestmark = pytest.mark.quick
@@ -232,3 +232,82 @@ def test_cross_entropy_of_a_grid_is_that_of_its_cells():
     rows = logits.movedim(1, -1).flatten(0, 2)
     expected = losses.cross_entropy(rows, targets.flatten())
     torch.testing.assert_close(losses.cross_entropy(logits, targets), expected)
+
+
+def routed(logits, top_k=1, **options):
+    return ops.route_tokens(logits, top_k, **options)
+
+
+def test_load_balance_is_one_at_balance_and_e_at_collapse():
+    spread = torch.eye(4).repeat(5, 1) * 50
+    torch.testing.assert_close(losses.load_balance_loss(routed(spread)), torch.tensor(1.0))
+    collapsed = torch.zeros(20, 4)
+    collapsed[:, 1] = 50
+    torch.testing.assert_close(losses.load_balance_loss(routed(collapsed)), torch.tensor(4.0))
+    both = losses.load_balance_loss(routed(spread.roll(1, 1) / 50, 4), choices="all")
+    torch.testing.assert_close(both, torch.tensor(4.0))  # K at balance
+
+
+def test_load_balance_matches_the_formula_and_its_gradient():
+    """E * sum_e mean(p_te) * mean(1[argmax = e]), whatever capacity drops."""
+    logits = torch.randn(33, 6)
+    found = []
+    for loss in (
+        lambda x: losses.load_balance_loss(routed(x, 2, capacity_factor=0.5)),
+        lambda x: 6 * (x.softmax(1).mean(0) * F.one_hot(x.argmax(1), 6).float().mean(0)).sum(),
+    ):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf)
+        found.append((value, torch.autograd.grad(value, leaf)[0]))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_load_balance_of_sigmoid_scores_is_normalised():
+    logits = torch.randn(20, 5)
+    loss = losses.load_balance_loss(routed(logits, 2, scoring="sigmoid"), normalise=True)
+    scores = logits.sigmoid()
+    share = F.one_hot(logits.topk(2).indices, 5).sum(1).float().mean(0)
+    first = F.one_hot(logits.argmax(1), 5).float().mean(0)
+    mean = (scores / scores.sum(1, keepdim=True)).mean(0)
+    torch.testing.assert_close(loss, 5 * (mean * first).sum())
+    every = losses.load_balance_loss(
+        routed(logits, 2, scoring="sigmoid"), choices="all", normalise=True
+    )
+    torch.testing.assert_close(every, 5 * (mean * share).sum())
+
+
+def test_router_z_loss_matches_the_formula():
+    logits = torch.randn(20, 5, dtype=torch.bfloat16)
+    want = logits.float().logsumexp(1).square().mean()
+    torch.testing.assert_close(losses.router_z_loss(logits), want)
+
+
+def test_padding_reaches_no_routing_loss():
+    """NaN in padding, neither in the values nor in the gradients."""
+    real = torch.randn(12, 4)
+    padded = torch.cat([real[:5], torch.full((3, 4), torch.nan), real[5:]]).requires_grad_()
+    mask = torch.tensor([True] * 5 + [False] * 3 + [True] * 7)
+    balance = losses.load_balance_loss(routed(padded, mask=mask))
+    z = losses.router_z_loss(padded, mask)
+    torch.testing.assert_close(balance, losses.load_balance_loss(routed(real)))
+    torch.testing.assert_close(z, losses.router_z_loss(real))
+    (grad,) = torch.autograd.grad(balance + z, padded)
+    assert grad[mask].abs().sum() > 0 and not grad[~mask].any()
+
+
+def test_routing_losses_of_nothing_are_zero():
+    none, mask = torch.randn(3, 4, requires_grad=True), torch.zeros(3, dtype=torch.bool)
+    loss = losses.load_balance_loss(routed(none, mask=mask)) + losses.router_z_loss(none, mask)
+    loss = loss + losses.load_balance_loss(routed(none[:0])) + losses.router_z_loss(none[:0])
+    loss.backward()
+    assert loss == 0 and not none.grad.any()
+
+
+def test_routing_losses_name_what_is_wrong():
+    routing = routed(torch.randn(4, 2))
+    with pytest.raises(ValueError, match="choices must be 'first' or 'all', got 'last'"):
+        losses.load_balance_loss(routing, choices="last")
+    given = ops.sort_choices(routing.expert_ids, routing.gates, 2)
+    with pytest.raises(ValueError, match="routing has no probabilities"):
+        losses.load_balance_loss(given)

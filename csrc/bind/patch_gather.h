@@ -6,13 +6,6 @@
 
 namespace encfast {
 
-inline void check_same_device(const char* op, const char* name, const Tensor& x,
-                              const char* like_name, const Tensor& like) {
-  STD_TORCH_CHECK(x.is_cpu() == like.is_cpu() && x.is_cuda() == like.is_cuda() &&
-                      x.get_device_index() == like.get_device_index(),
-                  op, ": ", name, " is not on the device of ", like_name);
-}
-
 // ids or an index: int64 [M], returned contiguous.
 inline Tensor checked_int64(const char* op, const char* name, const Tensor& x,
                             const char* like_name, const Tensor& like) {

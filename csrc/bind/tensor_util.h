@@ -28,6 +28,13 @@ inline void check_cpu(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " is not on the CPU like the other tensors");
 }
 
+inline void check_same_device(const char* op, const char* name, const Tensor& x,
+                              const char* like_name, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cpu() == like.is_cpu() && x.is_cuda() == like.is_cuda() &&
+                      x.get_device_index() == like.get_device_index(),
+                  op, ": ", name, " is not on the device of ", like_name);
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& x, int64_t dim) {
   STD_TORCH_CHECK(x.dim() == dim, op, ": ", name, " has shape ", shape_text(x), ", expected ", dim,
                   " dimensions");

@@ -31,7 +31,9 @@ ENCFAST_PHILOX void philox_multiply(uint32_t a, uint32_t m, uint32_t* high, uint
 template <class Word>
 ENCFAST_PHILOX void philox4x32(PhiloxKey key, Word c[4]) {
   uint32_t k0 = key.word[0], k1 = key.word[1];
-#if defined(__GNUC__)
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

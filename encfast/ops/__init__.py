@@ -4,6 +4,7 @@ import importlib
 
 from .add_norm import add_norm
 from .glu import glu
+from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
 from .patch_gather import (
@@ -17,7 +18,16 @@ from .patch_gather import (
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu", "packed_linear", "patch_gather")
+OPS = (
+    "varlen_attn",
+    "pad",
+    "rotary",
+    "add_norm",
+    "glu",
+    "packed_linear",
+    "patch_gather",
+    "moe_route",
+)
 
 __all__ = [
     "OPS",
@@ -30,17 +40,22 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "jitter_rows",
     "masked_norm",
     "pack_linear",
     "packed_linear",
     "pad",
+    "permute_rows",
     "restore_rows",
     "rotary",
     "rotary_qk",
+    "route_tokens",
     "scatter_rows",
     "select_patches",
     "select_rows",
+    "sort_choices",
     "unpad",
+    "unpermute_rows",
     "varlen_attn",
 ]
 

@@ -5,6 +5,13 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 
 from .add_norm import add_norm
 from .glu import glu
+from .moe_route import (
+    moe_jitter,
+    moe_permute,
+    moe_route,
+    moe_unpermute,
+    sort_choices,
+)
 from .packed_linear import pack_linear, packed_linear
 from .pad import find_rows, gather_rows, scatter_rows
 from .patch_gather import (
@@ -24,12 +31,17 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "moe_jitter",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "pack_linear",
     "packed_linear",
     "restore_rows",
     "rotary",
     "scatter_rows",
     "select_patches",
+    "sort_choices",
     "unfold_patches",
     "varlen_attn",
 ]

@@ -45,6 +45,14 @@ def mask_and_restore(q, k, v, cu, keep=10, **added):
     return ops.restore_rows(seen, chosen.restore, k[0].flatten(), **added)
 
 
+def route_and_return(q, k, v, cu):
+    """Rows of k to 8 experts chosen by q and back, some of them dropped at random."""
+    options = {"capacity_factor": 1.5, "priority": "random", "noise": "gumbel_rest"}
+    logits = ops.jitter_rows(q.flatten(1)[:, :8], 0.01)
+    routing = ops.route_tokens(logits, 2, renormalise="kept", **options)
+    return ops.unpermute_rows(ops.permute_rows(k.flatten(1), routing).sin(), routing)
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -66,6 +74,7 @@ CALLS = {
     "patch_gather with add_index": lambda q, k, v, cu: mask_and_restore(
         q, k, v, cu, add=v.flatten(1), add_index=torch.arange(N, device=q.device) // 29
     ),
+    "moe_route": route_and_return,
 }
 
 

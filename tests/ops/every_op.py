@@ -129,6 +129,37 @@ def check_patch_gather():
     )
 
 
+def check_moe_route():
+    logits, kept = torch.randn(60, 7), {}
+
+    def route(logits):
+        routing = ops.route_tokens(logits, 2, capacity_factor=1.5, renormalise="kept")
+        kept["routing"] = routing
+        return routing.gates
+
+    def reference(logits):
+        return ref.moe_route(logits, None, 2, "softmax", "kept", 1.5)[0]
+
+    check("moe_route", route, reference, {"logits": logits}, (60, 2))
+    routing, expected = kept["routing"], ref.moe_route(logits, None, 2, "softmax", "kept", 1.5)
+    for found, right in zip((routing.rows, routing.slots), expected[2:4], strict=True):
+        assert torch.equal(found, right)
+    check(
+        "moe_route",
+        lambda x: ops.permute_rows(x, routing),
+        lambda x: ref.moe_permute(x, routing.rows, 2),
+        {"x": torch.randn(60, 70)},
+        (120, 70),
+    )
+    check(
+        "moe_route",
+        lambda y, gates: ops.unpermute_rows(y, routing, gates=gates),
+        lambda y, gates: ref.moe_unpermute(y, gates, routing.slots),
+        {"y": torch.randn(120, 70), "gates": torch.rand(60, 2)},
+        (60, 70),
+    )
+
+
 def main():
     torch.manual_seed(0)
     for stem in ops.OPS:

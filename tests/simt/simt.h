@@ -92,6 +92,12 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LI
   });
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned bits, int line = __builtin_LINE()) {
+  return simt::exchange(mask, "__shfl_xor_sync", line, value,
+                        [=](unsigned lane, unsigned) { return simt::offer_of<T>(lane ^ bits); });
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return simt::exchange(mask, "__ballot_sync", line, predicate, [](unsigned, unsigned lanes) {
     unsigned votes = 0;
@@ -108,6 +114,22 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float __int2float_rn(int x) { return static_cast<float>(x); }
+
+// Rounded by themselves: a compiler could fuse them with what follows, but for the volatile.
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Atomic for TSan too, and like CUDA's without any order of other accesses.
