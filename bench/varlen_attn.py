@@ -22,9 +22,10 @@ from unpadded import UNPADDED
 from encfast import ops
 from encfast.ref.varlen_attn import varlen_attn as reference
 
-DENSE_LENGTHS = {"quick": (512,), "full": (64, 128, 256, 512, 1024, 2048)}
+SHORT_LENGTHS = (16, 32)  # a path of their own on the CPU
+DENSE_LENGTHS = {"quick": (512,), "full": (*SHORT_LENGTHS, 64, 128, 256, 512, 1024, 2048)}
 ALIBI_LENGTHS = {"quick": (512,), "full": (512, 2048)}
-SMALL_HEAD_LENGTHS = (64, 256, 1024)
+SMALL_HEAD_LENGTHS = (*SHORT_LENGTHS, 64, 256, 1024)
 DENSE_TOKENS = {"quick": 2048, "full": 4096}
 LONG_LENGTHS = (8192, 16384, 32768)
 

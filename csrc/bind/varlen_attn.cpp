@@ -200,6 +200,7 @@ std::tuple<Tensor, Tensor> varlen_attn_cpu(
 
   TorchPool pool;
   const VarlenAttnKernels& kernels = cpu_kernels().varlen_attn;
+  g.short_rows = kernels.short_rows(g);
   const Plan plan(g, plan_fwd(g, pool.threads()), kernels.fwd_workspace_bytes(g), pool.threads(),
                   q);
   kernels.fwd({g, rows_of(qc), rows_of(kc), rows_of(vc), mutable_rows_of(out),
@@ -245,6 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attn_bwd_cpu(
 
   TorchPool pool;
   const VarlenAttnKernels& kernels = cpu_kernels().varlen_attn;
+  g.short_rows = kernels.short_rows(g);
   const Plan plan(g, plan_bwd(g), kernels.bwd_workspace_bytes(g), pool.threads(), q);
   kernels.bwd(
       {g, rows_of(qc), rows_of(kc), rows_of(vc), rows_of(outc), rows_of(doutc),

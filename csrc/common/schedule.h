@@ -47,16 +47,29 @@ inline int64_t piece_cost(const VarlenAttnGeometry& g, int32_t b, int64_t q_begi
   return group * (pairs + kRowCost * (q_end - q_begin)) + kRowCost * keys;
 }
 
-// Sorts pieces (ties keep their order) and gives one task per key head to each.
-inline std::vector<VarlenAttnTask> expand(std::vector<Piece> pieces, int64_t key_heads) {
+// Whether sequence b is planned whole. Depends on its own lengths, never on other sequences.
+inline bool is_short(const VarlenAttnGeometry& g, int32_t b) {
+  return g.cu_seqlens_q[b + 1] - g.cu_seqlens_q[b] <= g.short_rows &&
+         g.cu_seqlens_k[b + 1] - g.cu_seqlens_k[b] <= g.short_rows;
+}
+
+// Sorts pieces (ties keep their order) and gives one task per key head to each. Short sequences,
+// one task each, come last, in the order in which they lie in memory; so every run of Hk tasks from
+// a multiple of Hk on holds the heads of one sequence or short sequences alone.
+inline std::vector<VarlenAttnTask> expand(const VarlenAttnGeometry& g, std::vector<Piece> pieces) {
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const Piece& x, const Piece& y) { return x.cost > y.cost; });
   std::vector<VarlenAttnTask> tasks;
-  tasks.reserve(pieces.size() * static_cast<size_t>(key_heads));
+  tasks.reserve(pieces.size() * static_cast<size_t>(g.Hk) + static_cast<size_t>(g.B));
   for (const Piece& p : pieces) {
-    for (int64_t hk = 0; hk < key_heads; ++hk) {
+    for (int64_t hk = 0; hk < g.Hk; ++hk) {
       tasks.push_back({p.b, static_cast<int32_t>(hk), p.q_begin, p.q_end});
     }
+  }
+  for (int32_t b = 0; b < g.B; ++b) {
+    const int32_t len_q = g.cu_seqlens_q[b + 1] - g.cu_seqlens_q[b];
+    const int32_t len_k = g.cu_seqlens_k[b + 1] - g.cu_seqlens_k[b];
+    if (is_short(g, b) && len_q + len_k > 0) tasks.push_back({b, kAllHeads, 0, len_q});
   }
   return tasks;
 }
@@ -64,6 +77,7 @@ inline std::vector<VarlenAttnTask> expand(std::vector<Piece> pieces, int64_t key
 inline std::vector<Piece> split_rows(const VarlenAttnGeometry& g, int64_t rows) {
   std::vector<Piece> pieces;
   for (int32_t b = 0; b < g.B; ++b) {
+    if (is_short(g, b)) continue;
     const int64_t len_q = g.cu_seqlens_q[b + 1] - g.cu_seqlens_q[b];
     for (int64_t i = 0; i < len_q; i += rows) {
       const int64_t end = std::min(i + rows, len_q);
@@ -78,7 +92,8 @@ inline std::vector<Piece> split_rows(const VarlenAttnGeometry& g, int64_t rows) 
 
 // Forward: runs of query rows of one sequence and key head. A task packs its keys and values once,
 // which kTaskRows query rows make a few percent of its work; runs are shortened only when there
-// would be fewer than four tasks per thread. Reads B, H, Hk, cu_seqlens_*, left and right of `g`.
+// would be fewer than four tasks per thread. Reads B, H, Hk, cu_seqlens_*, left, right and
+// short_rows of `g`.
 inline std::vector<VarlenAttnTask> plan_fwd(const VarlenAttnGeometry& g, int64_t threads) {
   int64_t rows = kTaskRows / (g.H / g.Hk) / kTaskRowBlock * kTaskRowBlock;
   rows = std::max(rows, kTaskRowBlock);
@@ -87,7 +102,7 @@ inline std::vector<VarlenAttnTask> plan_fwd(const VarlenAttnGeometry& g, int64_t
     rows = std::max(rows / 2 / kTaskRowBlock * kTaskRowBlock, kTaskRowBlock);
     pieces = schedule::split_rows(g, rows);
   }
-  return schedule::expand(std::move(pieces), g.Hk);
+  return schedule::expand(g, std::move(pieces));
 }
 
 // Backward: one task per sequence and key head, which owns dk and dv of that head and dq of the
@@ -98,10 +113,10 @@ inline std::vector<VarlenAttnTask> plan_bwd(const VarlenAttnGeometry& g) {
   for (int32_t b = 0; b < g.B; ++b) {
     const int32_t len_q = g.cu_seqlens_q[b + 1] - g.cu_seqlens_q[b];
     const int32_t len_k = g.cu_seqlens_k[b + 1] - g.cu_seqlens_k[b];
-    if (len_q == 0 && len_k == 0) continue;
+    if (schedule::is_short(g, b) || (len_q == 0 && len_k == 0)) continue;
     pieces.push_back({schedule::piece_cost(g, b, 0, len_q), b, 0, len_q});
   }
-  return schedule::expand(std::move(pieces), g.Hk);
+  return schedule::expand(g, std::move(pieces));
 }
 
 }  // namespace encfast

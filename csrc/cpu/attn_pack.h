@@ -113,18 +113,27 @@ inline void store_from_lanes(const float* src, const Vec factor[2], int n, int D
   });
 }
 
-// Rows [0, n) of dst = src[n][width] * factor.
-inline void store_rows(const float* src, int width, float factor, int n, int D,
-                       const RowsView& dst) {
+// Rows [0, n) of dst = src[n][width], row i multiplied by factor[i * factor_step].
+inline void store_rows(const float* src, int width, const float* factor, int factor_step, int n,
+                       int D, const RowsView& dst) {
   with_store(dst, [&](auto tag, auto store_vector) {
     constexpr DType kT = decltype(tag)::value;
     constexpr int64_t kBytes = element_bytes(kT);
     for (int i = 0; i < n; ++i) {
       const float* row = src + static_cast<int64_t>(i) * width;
       char* out = dst.data + i * dst.stride;
+      const Vec f = broadcast(factor + i * factor_step);
       int d = 0;
-      for (; d + kW <= D; d += kW) store_vector(out + d * kBytes, load(row + d) * splat(factor));
-      if (d < D) store_partial_as<kT>(out + d * kBytes, load(row + d) * splat(factor), D - d);
+#if defined(__AVX512BF16__)
+      if constexpr (kT == DType::kBFloat16) {  // two vectors are a whole line
+        for (; d + 2 * kW <= D; d += 2 * kW) {
+          const Vec low = load(row + d) * f, high = load(row + d + kW) * f;
+          _mm512_storeu_si512(out + d * kBytes, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+      }
+#endif
+      for (; d + kW <= D; d += kW) store_vector(out + d * kBytes, load(row + d) * f);
+      if (d < D) store_partial_as<kT>(out + d * kBytes, load(row + d) * f, D - d);
     }
   });
 }

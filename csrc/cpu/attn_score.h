@@ -1,4 +1,4 @@
-// From raw products q.k to softmax: scale, softcap, biases, visibility, running maximum and sum.
+// From raw products q.k to scores: scale, softcap, biases, visibility, and their maximum.
 //
 // Lanes are queries and rows are keys, so every reduction over keys is vertical: one max and one
 // add per vector, no shuffles. Key blocks that every query of the block sees skip the visibility
@@ -196,67 +196,6 @@ inline void apply_rule(const ScoreRule& rule, bool masked, float unit, int64_t r
     for (int v = 0; v < kVecs; ++v) m[v] = top[v];
   });
 }
-
-// Running softmax statistics of one query tile: maximum score and sum of exponentials.
-template <int kVecs, class Unit>
-struct RunningSoftmax {
-  Vec max_score[kVecs], sum[kVecs];
-
-  // Finite, so that -inf - max_score is -inf and never NaN; scores below count as -inf, which the
-  // lowest finite numbers that stand for "masked" thereby do in every dtype and unit. A lane that
-  // has seen no key ends with sum 0, every other with sum >= 1 or NaN.
-  void reset() {
-    for (int v = 0; v < kVecs; ++v) {
-      max_score[v] = splat(-1e38f);
-      sum[v] = zeros();
-    }
-  }
-
-  // Takes in a block of scores whose maximum is factor * block_max, factor > 0; when some maximum
-  // grew, rescales the sums and the output out[D][kLanes] (null: there is none yet).
-  void raise(const Vec block_max[kVecs], float factor, int D, float* out) {
-    Vec decay[kVecs];
-    bool grew = false;
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec m = max(max_score[v], block_max[v] * splat(factor));
-      grew |= any_greater(m, max_score[v]);
-      decay[v] = Unit::template exp<6>(max_score[v] - m);
-      max_score[v] = m;
-    }
-    if (!grew || out == nullptr) return;
-    for (int v = 0; v < kVecs; ++v) sum[v] *= decay[v];
-    for (int d = 0; d < D; ++d) {
-      for (int v = 0; v < kVecs; ++v) {
-        float* p = out + d * kLanes + v * kW;
-        store(p, load(p) * decay[v]);
-      }
-    }
-  }
-
-  void store_to(float* stats) const {
-    for (int v = 0; v < kVecs; ++v) {
-      store(stats + v * kW, max_score[v]);
-      store(stats + kLanes + v * kW, sum[v]);
-    }
-  }
-  void load_from(const float* stats) {
-    for (int v = 0; v < kVecs; ++v) {
-      max_score[v] = load(stats + v * kW);
-      sum[v] = load(stats + kLanes + v * kW);
-    }
-  }
-
-  // Factor that normalises the output of vector v: 0 where no key was visible.
-  Vec normaliser(int v) const {
-    return select_within(zeros(), sum[v], zeros(), zeros(), splat(1.0f) / sum[v]);
-  }
-
-  // Natural logarithm of the sum of exponentials; -inf where no key was visible.
-  Vec log_sum_exp(int v) const {
-    const Vec lse = fma(max_score[v], splat(Unit::kNatural), log(sum[v]));
-    return select_within(zeros(), sum[v], zeros(), splat(-__builtin_inff()), lse);
-  }
-};
 
 }  // namespace
 }  // namespace encfast::ENCFAST_ISA

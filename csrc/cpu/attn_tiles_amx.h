@@ -20,6 +20,7 @@ struct AmxTiles : Bf16Format<kD> {
   using Format = Bf16Format<kD>;
   static constexpr int kRowWords = Format::kRowWords;
   static constexpr int kKeyBlock = 128;
+  static constexpr int kShortRows = 0;  // left factors are rows of 16 words: varlen_attn_short.h
   static constexpr int kBackwardKeyBlock = 64;
   static constexpr int kKeyStep = 32;
   static constexpr int kQueryStep = 32;
@@ -70,11 +71,11 @@ struct AmxTiles : Bf16Format<kD> {
   }
 
   static void outer_sum(const float* weights, int n, const float* pairs, int queries, int D,
-                        float* out) {
+                        float* out, bool accumulate) {
     constexpr int kLd = Format::kWeightRowWords;
     amx_gemm<TileTerms::kBf16>({weights, kLd, 16 * kLd, 16}, {pairs, kD, 16, 16 * kD}, n,
                                static_cast<int>(round_up(D, 16)), (queries + 31) / 32, out, kD,
-                               true);
+                               accumulate);
   }
 
   static void begin() { amx_begin(); }

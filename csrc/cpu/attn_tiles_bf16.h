@@ -15,6 +15,7 @@ struct Bf16Tiles : Bf16Format<kD> {
   using Format = Bf16Format<kD>;
   static constexpr int kRowWords = Format::kRowWords;
   static constexpr int kKeyBlock = 96;
+  static constexpr int kShortRows = 32;  // varlen_attn_short.h
   static constexpr int kBackwardKeyBlock = 96;
   static constexpr int kKeyStep = kShortTileRows;
   static constexpr int kQueryStep = 2;
@@ -49,10 +50,20 @@ struct Bf16Tiles : Bf16Format<kD> {
   }
 
   static void outer_sum(const float* weights, int n, const float* pairs, int queries, int D,
-                        float* out) {
+                        float* out, bool accumulate) {
     for (int d = 0; d < D; d += kLanes) {
       gemm_rows<DotBf16, 2, Format::kWeightRowWords, 1>(weights, n, pairs + d, kD,
-                                                        (queries + 1) / 2, out + d, kD, true);
+                                                        (queries + 1) / 2, out + d, kD, accumulate);
+    }
+  }
+
+  // The transpose of weighted_sum for queries [0, n): sums[query][d], by rows of kD.
+  template <int kLd>
+  static void weighted_rows(const float* weights, int n, const float* cols, int keys, int D,
+                            float* sums) {
+    const int rows = static_cast<int>(round_up(n, kShortTileRows));
+    for (int d = 0; d < D; d += kLanes) {
+      gemm_rows<DotBf16, 2, 1, kLd>(weights, rows, cols + d, kD, keys / 2, sums + d, kD, false);
     }
   }
 

@@ -23,6 +23,7 @@ struct F32Tiles {
   static constexpr int kBackwardKeyBlock = 96;
   static constexpr int kKeyStep = kShortTileRows;  // products round keys up to this
   static constexpr int kQueryBlock = 2 * kLanes;   // backward: queries per pass over dK and dV
+  static constexpr int kShortRows = 16;            // varlen_attn_short.h
   static constexpr int kQueryStep = 1;             // outer_sum rounds queries up to this
   static constexpr bool kExact = true;             // weights keep fp32 precision
   static constexpr int kExp2Degree = 6;
@@ -59,10 +60,20 @@ struct F32Tiles {
   }
 
   static void outer_sum(const float* weights, int n, const float* rows, int queries, int D,
-                        float* out) {
+                        float* out, bool accumulate) {
     for (int d = 0; d < D; d += kLanes) {
       gemm_rows<DotF32, 2, kWeightRowWords, 1>(weights, n, rows + d, kD, queries, out + d, kD,
-                                               true);
+                                               accumulate);
+    }
+  }
+
+  // The transpose of weighted_sum for queries [0, n): sums[query][d], by rows of kD.
+  template <int kLd>
+  static void weighted_rows(const float* weights, int n, const float* cols, int keys, int D,
+                            float* sums) {
+    const int rows = static_cast<int>(round_up(n, kShortTileRows));
+    for (int d = 0; d < D; d += kLanes) {
+      gemm_rows<DotF32, 2, 1, kLd>(weights, rows, cols + d, kD, keys, sums + d, kD, false);
     }
   }
 

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "varlen_attn_bwd.h"
 #include "varlen_attn_fwd.h"
+#include "varlen_attn_short.h"
 
 namespace encfast::ENCFAST_ISA {
 namespace {
@@ -71,9 +72,9 @@ int64_t bundle_size(int64_t n, const Pool& pool) {
   return fair < 1 ? 1 : fair < kBundle ? fair : kBundle;
 }
 
-// Runs Pass on each task, in the workspace of the slot that takes it. Bundles of `size` neighbours
-// run in order on one slot.
-template <class Pass, class Params>
+// Runs Pass on each task, or ShortPass on those of a whole short sequence, in the workspace of the
+// slot that takes it. Bundles of `size` neighbours run in order on one slot.
+template <class Pass, class ShortPass, class Params>
 void run_tasks(const Params& params, int64_t size, const Pool& pool) {
   const int64_t n = params.g.n_tasks;
   Bundles<Params> bundles{params, size};
@@ -86,25 +87,59 @@ void run_tasks(const Params& params, int64_t size, const Pool& pool) {
         const int64_t begin = bundle * b.size;
         const int64_t end = begin + b.size < g.n_tasks ? begin + b.size : g.n_tasks;
         for (int64_t i = begin; i < end; ++i) {
-          Pass::run(b.params, g.tasks[i], i + 1 < end ? &g.tasks[i + 1] : nullptr, workspace);
+          const VarlenAttnTask& task = g.tasks[i];
+          const VarlenAttnTask* next = i + 1 < end ? &g.tasks[i + 1] : nullptr;
+          const bool whole = task.hk == kAllHeads;
+          if (next && (next->hk == kAllHeads) != whole) next = nullptr;
+          if (whole) {
+            ShortPass::run(b.params, task, next, workspace);
+          } else {
+            Pass::run(b.params, task, next, workspace);
+          }
         }
       },
       &bundles);
 }
 
+// The passes over short sequences. Tiles without any never get a task of theirs.
+template <class Tiles, bool kAny = (Tiles::kShortRows > 0)>
+struct Short {
+  using Fwd = ShortForward<Tiles>;
+  using Bwd = ShortBackward<Tiles>;
+};
+template <class Tiles>
+struct Short<Tiles, false> {
+  using Fwd = Forward<Tiles>;
+  using Bwd = Backward<Tiles>;
+};
+
+template <class Pass, class ShortPass>
+int64_t larger_workspace(const VarlenAttnGeometry& g) {
+  const int64_t a = Pass::workspace_bytes(g), b = ShortPass::workspace_bytes(g);
+  return a > b ? a : b;
+}
+
+int64_t short_rows(const VarlenAttnGeometry& g) {
+  return with_tiles(g, [](auto t) -> int64_t { return decltype(t)::type::kShortRows; });
+}
 int64_t fwd_workspace_bytes(const VarlenAttnGeometry& g) {
-  return with_tiles(
-      g, [&](auto t) { return Forward<typename decltype(t)::type>::workspace_bytes(g); });
+  return with_tiles(g, [&](auto t) {
+    using Tiles = typename decltype(t)::type;
+    return larger_workspace<Forward<Tiles>, typename Short<Tiles>::Fwd>(g);
+  });
 }
 int64_t bwd_workspace_bytes(const VarlenAttnGeometry& g) {
-  return with_tiles(
-      g, [&](auto t) { return Backward<typename decltype(t)::type>::workspace_bytes(g); });
+  return with_tiles(g, [&](auto t) {
+    using Tiles = typename decltype(t)::type;
+    return larger_workspace<Backward<Tiles>, typename Short<Tiles>::Bwd>(g);
+  });
 }
 void fwd(const VarlenAttnFwdParams& given, const Pool& pool) {
   VarlenAttnFwdParams p = given;
   choose_streaming(p.g, p.g.Nq, p.g.H, &p.out);
   with_tiles(p.g, [&](auto t) {
-    run_tasks<Forward<typename decltype(t)::type>>(p, bundle_size(p.g.n_tasks, pool), pool);
+    using Tiles = typename decltype(t)::type;
+    run_tasks<Forward<Tiles>, typename Short<Tiles>::Fwd>(p, bundle_size(p.g.n_tasks, pool), pool);
   });
 }
 
@@ -121,7 +156,8 @@ void bwd(const VarlenAttnBwdParams& given, const Pool& pool) {
   choose_streaming(p.g, key_rows, p.g.Hk, &p.dk);
   choose_streaming(p.g, key_rows, p.g.Hk, &p.dv);
   with_tiles(p.g, [&](auto t) {
-    run_tasks<Backward<typename decltype(t)::type>>(p, bwd_bundle_size(p, pool), pool);
+    using Tiles = typename decltype(t)::type;
+    run_tasks<Backward<Tiles>, typename Short<Tiles>::Bwd>(p, bwd_bundle_size(p, pool), pool);
   });
   if (!p.bias_grads.rel_bias || p.g.rel_bias.per_query) return;
   pool.run(
@@ -134,6 +170,7 @@ void bwd(const VarlenAttnBwdParams& given, const Pool& pool) {
 
 }  // namespace
 
-extern const VarlenAttnKernels kVarlenAttn = {fwd_workspace_bytes, fwd, bwd_workspace_bytes, bwd};
+extern const VarlenAttnKernels kVarlenAttn = {short_rows, fwd_workspace_bytes, fwd,
+                                              bwd_workspace_bytes, bwd};
 
 }  // namespace encfast::ENCFAST_ISA

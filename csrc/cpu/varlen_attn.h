@@ -26,8 +26,10 @@ struct Rows {
 // Query rows [q_begin, q_end) of sequence b, for all H / Hk query heads that share key head hk.
 // Forward tasks begin at multiples of kTaskRowBlock and hold at most kTaskRows rows, counted over
 // those heads, or one row block of each: workspaces are sized by that.
+// hk = kAllHeads: all rows of a short sequence for all heads (VarlenAttnGeometry::short_rows).
 constexpr int64_t kTaskRowBlock = 64;
 constexpr int64_t kTaskRows = 2048;
+constexpr int32_t kAllHeads = -1;
 struct VarlenAttnTask {
   int32_t b;
   int32_t hk;
@@ -88,6 +90,9 @@ struct VarlenAttnGeometry {
   void* workspace;          // threads x workspace_bytes, 64-byte aligned, contents undefined
   int64_t workspace_bytes;  // per thread slot, as the kernel's own *_workspace_bytes asked for
   int64_t max_seqlen_q, max_seqlen_k;  // exact maxima over the batch
+  // Sequences of at most so many queries and keys are short: planned as one task each. The kernels
+  // say how many (VarlenAttnKernels::short_rows); 0 for none.
+  int64_t short_rows;
 };
 
 struct VarlenAttnFwdParams {
@@ -131,6 +136,8 @@ struct VarlenAttnBwdParams {
 };
 
 struct VarlenAttnKernels {
+  // What short_rows is to be when tasks are planned; reads dtype and D.
+  int64_t (*short_rows)(const VarlenAttnGeometry&);
   int64_t (*fwd_workspace_bytes)(const VarlenAttnGeometry&);
   void (*fwd)(const VarlenAttnFwdParams&, const Pool&);
   int64_t (*bwd_workspace_bytes)(const VarlenAttnGeometry&);

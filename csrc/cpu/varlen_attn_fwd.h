@@ -17,8 +17,7 @@
 // Panels and key blocks lie at multiples of their size from the sequence start, and tiles at
 // multiples of theirs, so a row's sums are formed in one order whichever task it falls into.
 #pragma once
-#include "attn_dropout.h"
-#include "attn_score.h"
+#include "attn_softmax.h"
 
 namespace encfast::ENCFAST_ISA {
 namespace {
@@ -209,44 +208,13 @@ class Forward {
     prefetch(kPrefetchRows);
     if (g_.dropout.threshold > 0) {
       fill_dropout<kVecs>(g_.dropout, task_.b, head, row, key, n, ws_.keep);
-      exponentiate<kVecs, true>(n, padded, factor, softmax);
+      exponentiate<Tiles, true>(ws_.scores, ws_.keep, n, padded, factor, softmax, ws_.weights);
     } else {
-      exponentiate<kVecs, false>(n, padded, factor, softmax);
+      exponentiate<Tiles, false>(ws_.scores, nullptr, n, padded, factor, softmax, ws_.weights);
     }
     prefetch(kPrefetchRows);
     Tiles::template weighted_sum<kVecs>(ws_.values + Tiles::column_offset(offset), ws_.weights,
                                         kLanes, padded, D_, out, !first);
-  }
-
-  // P^T = exp(factor S^T - m), adding to the sums; rows [n, padded) become 0. Dropout comes after
-  // the sums.
-  template <int kVecs, bool kDropout>
-  void exponentiate(int n, int padded, float factor, Softmax<kVecs>& softmax) {
-    const Vec c = splat(factor);
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec minus_max = -softmax.max_score[v];
-      const float* s = ws_.scores + v * kW;
-      const float* keep = ws_.keep + v * kW;
-      const auto weight = [&](int j, Vec* sum) {
-        const Vec p =
-            Unit::template exp<Tiles::kExp2Degree>(fma(load(s + j * kLanes), c, minus_max));
-        *sum += p;
-        return kDropout ? p * load(keep + j * kLanes) : p;
-      };
-      Vec even_sum = zeros(), odd_sum = zeros();
-      int j = 0;
-      for (; j + 2 <= n; j += 2) {
-        const Vec even = weight(j, &even_sum), odd = weight(j + 1, &odd_sum);
-        Tiles::put_weights(ws_.weights, j, v, even, odd);
-      }
-      if (j < n) {
-        const Vec even = weight(j, &even_sum);
-        Tiles::put_weights(ws_.weights, j, v, even, zeros());
-        j += 2;
-      }
-      for (; j < padded; j += 2) Tiles::put_weights(ws_.weights, j, v, zeros(), zeros());
-      softmax.sum[v] += even_sum + odd_sum;
-    }
   }
 
   template <int kVecs>

@@ -30,7 +30,7 @@ def test_every_isa_of_this_machine_matches_the_reference(isa):
         "the_mask_is or another_dtype or short or is_exact or share_a_place) "
         "and not match_reference_more"
     )
-    files = ("varlen_attn", "varlen_attn_bias", "varlen_attn_dropout", "pad")
+    files = ("varlen_attn", "varlen_attn_short", "varlen_attn_bias", "varlen_attn_dropout", "pad")
     run_under_isa(isa, cases, *(f"tests/ops/test_{name}.py" for name in files))
 
 

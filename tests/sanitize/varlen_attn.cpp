@@ -163,6 +163,7 @@ Outputs run_attention(const Case& c, int threads) {
   float* lse = reinterpret_cast<float*>(o.lse.data());
   ThreadPool pool{threads};
 
+  g.short_rows = kAttn.short_rows(g);
   const std::vector<VarlenAttnTask> forward = plan_fwd(g, threads);
   g.tasks = forward.data();
   g.n_tasks = static_cast<int64_t>(forward.size());
@@ -228,6 +229,7 @@ bool check_dropout() {
   g.scale = 1.0f;
   g.left = g.right = -1;
   g.dropout = {kThreshold, 65536.0f / (65536 - kThreshold), kDropoutKey};
+  g.short_rows = kAttn.short_rows(g);
   const std::vector<VarlenAttnTask> tasks = plan_fwd(g, 1);
   g.tasks = tasks.data();
   g.n_tasks = static_cast<int64_t>(tasks.size());
@@ -258,7 +260,19 @@ bool check_dropout() {
 int main() {
   const std::vector<int32_t> ragged = {0, 1, 2, 17, 33, 0, 49, 64, 97, 129};
   const std::vector<int32_t> other = {3, 0, 20, 17, 1, 0, 130, 64, 31, 200};
+  // Pairs are short, long and both; with lengths of one vector, of two, and one less and more.
+  const std::vector<int32_t> few = {0, 1, 8, 15, 16, 17, 31, 32, 33, 7, 2, 40};
+  const std::vector<int32_t> keys = {5, 1, 0, 16, 31, 32, 17, 32, 3, 33, 9, 40};
   const Case cases[] = {
+      {"f32 D64 short causal", DType::kFloat32, 3, 3, 64, few, few, -1, 0},
+      {"f32 D33 short GQA window", DType::kFloat32, 4, 2, 33, few, keys, 5, 9, 8.0f, true},
+      {"bf16 D64 short", DType::kBFloat16, 3, 3, 64, few, few},
+      {"bf16 D40 short GQA bias", DType::kBFloat16, 4, 2, 40, few, keys, -1, 3, 0, true,
+       Rel::kTable, 6, Pairs::kShared, 9000},
+      {"fp16 D100 short by query", DType::kFloat16, 2, 1, 100, few, keys, -1, -1, 0, false,
+       Rel::kPerQuery, 4, Pairs::kPerHead},
+      {"bf16 D255 short visibility", DType::kBFloat16, 2, 2, 255, few, keys, -1, -1, 0, false,
+       Rel::kNone, 0, Pairs::kVisibility},
       {"f32 D40", DType::kFloat32, 2, 2, 40, ragged, ragged},
       {"f32 D40 cross GQA causal", DType::kFloat32, 4, 2, 40, ragged, other, -1, 0},
       {"f32 D256 several panels", DType::kFloat32, 2, 1, 256, {300, 5}, {290, 300}, 200, 20},
