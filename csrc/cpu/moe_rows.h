@@ -35,14 +35,16 @@ void permute_task(int64_t task, int, void* ctx) {
   const MoePermuteParams& p = *static_cast<const MoePermuteParams*>(ctx);
   const RowRange slots = rows_of_task(p.M, p.rows_per_task, task);
   const auto source = [&](int64_t s) { return row_of<kT>(p.x, p.rows[s] / p.K); };
+  const int64_t row_bytes = p.C * element_bytes(kT);
+  const bool fresh = p.M * row_bytes > kFreshBytes;
   for (int64_t s = slots.begin; s < slots.end; ++s) {
     char* out = row_of<kT>(p.out, s);
     if (p.rows[s] < 0) {
-      std::memset(out, 0, p.C * element_bytes(kT));
+      std::memset(out, 0, row_bytes);
       continue;
     }
     const int64_t next = s + 1 < slots.end && p.rows[s + 1] >= 0 ? s + 1 : s;
-    copy_row(out, source(s), source(next), p.C * element_bytes(kT));
+    copy_row(out, source(s), source(next), row_bytes, fresh);
   }
 }
 

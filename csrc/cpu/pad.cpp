@@ -31,6 +31,7 @@ void gather_task(int64_t task, int, void* ctx) {
   const int64_t end = (task + 1) * rows < p.n ? (task + 1) * rows : p.n;
   const char* src = static_cast<const char*>(p.src);
   char* out = static_cast<char*>(p.out);
+  const bool fresh = p.n * p.row_bytes > kFreshBytes;
   for (int64_t i = task * rows; i < end; ++i) {
     char* to = out + i * p.out_stride;
     if (p.index[i] < 0) {
@@ -38,7 +39,7 @@ void gather_task(int64_t task, int, void* ctx) {
       continue;
     }
     const int64_t next = i + 1 < end && p.index[i + 1] >= 0 ? p.index[i + 1] : p.index[i];
-    copy_row(to, src + p.index[i] * p.src_stride, src + next * p.src_stride, p.row_bytes);
+    copy_row(to, src + p.index[i] * p.src_stride, src + next * p.src_stride, p.row_bytes, fresh);
   }
 }
 

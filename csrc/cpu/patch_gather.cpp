@@ -277,9 +277,11 @@ void copy_task(int64_t task, int, void* ctx) {
     const int64_t from = p.index[i];
     return from < 0 ? static_cast<const char*>(p.fill_row) : row_of<kX>(p.x, from);
   };
+  const int64_t row_bytes = p.C * element_bytes(kX);
+  const bool fresh = p.M * row_bytes > kFreshBytes;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const int64_t next = i + 1 < rows.end ? i + 1 : i;
-    copy_row(row_of<kX>(p.out, i), source(i), source(next), p.C * element_bytes(kX));
+    copy_row(row_of<kX>(p.out, i), source(i), source(next), row_bytes, fresh);
   }
 }
 
