@@ -86,13 +86,18 @@ def describe(env: dict[str, Any]) -> str:
     )
     peers = ", ".join(f"{name} {which or 'not installed'}" for name, which in env["peers"].items())
     lines = [ran, f"peers: {peers}", _roofs(env["roofs"])]
+    return "\n".join([*lines, *other_load(env)])
+
+
+def other_load(env: dict[str, Any]) -> list[str]:
+    """A line where other programs took so much of the machine that wall times mean little."""
     busy = env["cores_busy_with_other_programs"]
-    if busy is not None and busy > MAX_OTHER_LOAD and env["threads"] > 1:
-        lines.append(
-            f"[yellow]other programs keep {busy:.1f} cores busy: the wall times of "
-            f"{env['threads']} threads below mean little[/]"
-        )
-    return "\n".join(lines)
+    if busy is None or busy <= MAX_OTHER_LOAD or env["threads"] < 2:
+        return []
+    return [
+        f"[yellow]other programs keep {busy:.1f} cores busy: the wall times of "
+        f"{env['threads']} threads mean little[/]"
+    ]
 
 
 def _roofs(roofs: dict[str, float]) -> str:

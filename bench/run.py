@@ -163,6 +163,9 @@ def run(specs, setting, args: argparse.Namespace) -> int:
             results.append(run_spec(spec, setting, roofs, tell))
             console.print(report.table(results[-1], setting))
             progress.advance(task)
+        env["cores_busy_with_other_programs"] = load.cores()  # of the whole run
+    for line in report.other_load(env):
+        console.print(line)
     console.print(report.summary(results, setting))
     if found := outcomes(results):
         console.print(report.target_table(found))

@@ -236,6 +236,16 @@ def test_a_target_is_judged_against_the_fastest_peer(seconds, verdict, monkeypat
     assert outcome.peer == ("quick" if seconds else "")
 
 
+def test_a_busy_machine_is_said():
+    pytest.importorskip("rich", reason="the report needs rich")
+    import report
+
+    env = {"cores_busy_with_other_programs": 0.5, "threads": 2}
+    assert "0.5 cores busy" in report.other_load(env)[0]
+    quiet = ({"cores_busy_with_other_programs": x} for x in (None, 0.1))
+    assert not any(report.other_load(env | change) for change in ({"threads": 1}, *quiet))
+
+
 def test_the_threads_target_compares_a_variant_with_itself(monkeypatch):
     one, many = (timing.Stats(t, t, t, 3) for t in (1.9, 1.0))
     row = harness.Row("ours", "fp32", True, "", harness.Gate(True, ""), one=one, many=many)
