@@ -4,6 +4,7 @@ import importlib
 
 from .add_norm import add_norm
 from .glu import glu
+from .grouped_mm import grouped_mm
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
 from .patch_gather import (
@@ -17,7 +18,16 @@ from .patch_gather import (
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
-OPS = ("varlen_attn", "pad", "rotary", "add_norm", "glu", "packed_linear", "patch_gather")
+OPS = (
+    "varlen_attn",
+    "pad",
+    "rotary",
+    "add_norm",
+    "glu",
+    "grouped_mm",
+    "packed_linear",
+    "patch_gather",
+)
 
 __all__ = [
     "OPS",
@@ -30,6 +40,7 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "grouped_mm",
     "masked_norm",
     "pack_linear",
     "packed_linear",

@@ -5,6 +5,7 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 
 from .add_norm import add_norm
 from .glu import glu
+from .grouped_mm import grouped_mm
 from .packed_linear import pack_linear, packed_linear
 from .pad import find_rows, gather_rows, scatter_rows
 from .patch_gather import (
@@ -24,6 +25,7 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "grouped_mm",
     "pack_linear",
     "packed_linear",
     "restore_rows",
