@@ -6,6 +6,7 @@
 #pragma once
 #include "add_norm.h"
 #include "glu.h"
+#include "grouped_mm.h"
 #include "packed_linear.h"
 #include "pad.h"
 #include "patch_gather.h"
@@ -22,6 +23,7 @@
 #define ENCFAST_EACH_OP(X)       \
   X(AddNorm, add_norm)           \
   X(Glu, glu)                    \
+  X(GroupedMm, grouped_mm)       \
   X(PackedLinear, packed_linear) \
   X(Pad, pad)                    \
   X(PatchGather, patch_gather)   \
