@@ -37,6 +37,7 @@ BENCHES = (
     "rotary",
     "add_norm",
     "glu",
+    "grouped_mm",
     "packed_linear",
 )
 

@@ -6,6 +6,7 @@
 #pragma once
 #include "add_norm.h"
 #include "glu.h"
+#include "grouped_mm.h"
 #include "moe_route.h"
 #include "packed_linear.h"
 #include "pad.h"
@@ -23,6 +24,7 @@
 #define ENCFAST_EACH_OP(X)       \
   X(AddNorm, add_norm)           \
   X(Glu, glu)                    \
+  X(GroupedMm, grouped_mm)       \
   X(MoeRoute, moe_route)         \
   X(PackedLinear, packed_linear) \
   X(Pad, pad)                    \

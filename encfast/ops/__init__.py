@@ -4,6 +4,7 @@ import importlib
 
 from .add_norm import add_norm
 from .glu import glu
+from .grouped_mm import grouped_mm
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
@@ -27,6 +28,7 @@ OPS = (
     "packed_linear",
     "patch_gather",
     "moe_route",
+    "grouped_mm",
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "grouped_mm",
     "jitter_rows",
     "masked_norm",
     "pack_linear",

@@ -5,6 +5,7 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 
 from .add_norm import add_norm
 from .glu import glu
+from .grouped_mm import grouped_mm
 from .moe_route import (
     moe_jitter,
     moe_permute,
@@ -31,6 +32,7 @@ __all__ = [
     "gather_patches",
     "gather_rows",
     "glu",
+    "grouped_mm",
     "moe_jitter",
     "moe_permute",
     "moe_route",

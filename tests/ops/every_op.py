@@ -84,6 +84,18 @@ def check_glu():
     check("glu", ops.glu, ref.glu, inputs, (33, 70))
 
 
+def check_grouped_mm():
+    cu_seqlens = torch.tensor([0, 17, 17, 58], dtype=torch.int32)
+    inputs = {"x": torch.randn(60, 70), "weight": torch.randn(3, 40, 70) / 8}
+    check(
+        "grouped_mm",
+        lambda x, weight, bias: ops.grouped_mm(x, weight, cu_seqlens, bias=bias),
+        lambda x, weight, bias: ref.grouped_mm(x, weight, cu_seqlens, bias),
+        inputs | {"bias": torch.randn(3, 40)},
+        (60, 40),
+    )
+
+
 def check_packed_linear():
     """Inference only: it has no backward."""
     assert ops.backends("packed_linear")["cpu"] == "native"
