@@ -127,6 +127,12 @@ def _experts(phase: str, dtype: str) -> tuple[Target, ...]:
     )
 
 
+def _grouped(dtype: str) -> Target:
+    spec = f"grouped_mm/fwd+bwd-E64-N1024-C768-F1536-{dtype}"
+    ours, peer = ("encfast",), ("F.grouped_mm",)
+    return Target(f"grouped_mm fwd+bwd E=64 {dtype}", spec, ours, peer, 1.2, 1.4)
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -191,6 +197,8 @@ TARGETS: tuple[Target, ...] = (
     *_masks("N1568-fwd+bwd", {"fp32": (1.3, 1.5), "bf16": (4, 8)}),
     *_restores("N196"),
     *_restores("N1568"),
+    _grouped("fp32"),
+    _grouped("bf16"),
     *(
         t
         for phase in ("fwd", "fwd+bwd")

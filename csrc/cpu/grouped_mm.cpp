@@ -152,7 +152,6 @@ struct Grouped {
         if (k + kStep >= terms) finish(p, t, j, width, c_panel, out);
       }
     }
-    if (out.streamed) end_streams();
   }
 
  private:
@@ -167,9 +166,9 @@ struct Grouped {
         (kOfWeight ? t.group * p.out_group_stride : 0) + (first + t.m) * p.out.row_stride;
     char* data = static_cast<char*>(p.out.data) + from * kBytes;
     const int64_t stride = p.out.row_stride * kBytes;
-    // Weights' gradients are far larger than the caches.
-    const bool lines = reinterpret_cast<uintptr_t>(data) % 64 == 0 && stride % 64 == 0;
-    return {data, stride, Word::kT, kOfWeight && lines};
+    // Not streamed, though weights' gradients are far larger than the caches: they are fresh pages,
+    // whose lines the system has just cleared (copy_row.h).
+    return {data, stride, Word::kT, false};
   }
 
   static void pack_a(const GroupedMmParams& p, const GroupedMmTask& t, int64_t k, int64_t n_k,
@@ -218,7 +217,8 @@ struct Grouped {
       }
     }
     out.data += j * kBytes;
-    store_rows(c, kPanel, 1.0f, static_cast<int>(rows), static_cast<int>(width), out);
+    const float one = 1;
+    store_rows(c, kPanel, &one, 0, static_cast<int>(rows), static_cast<int>(width), out);
   }
 };
 
