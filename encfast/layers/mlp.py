@@ -28,6 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
+_NAMES = {function: name for name, function in _ACTIVATIONS.items()}
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -57,7 +58,6 @@ class MLP(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.glu = config.glu
-        self.activation = config.activation
         self.act = activation(config.activation)
         halves = 2 if config.glu else 1
         self.up = nn.Linear(config.dim, halves * config.ffn_dim, bias=config.up_bias, **factory)
@@ -66,28 +66,35 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C]`` -> ``[N, C]``."""
-        hidden = self._activate(self.up(x))  # [N, F]
+        hidden = activate(self.up(x), self.act, gated=self.glu)  # [N, F]
         return self.down(self.drop(hidden))
 
-    def _activate(self, hidden: Tensor) -> Tensor:
-        """``[N, F]`` or, gated, ``[N, 2F]`` -> ``[N, F]``."""
-        if self._fuses(hidden):
-            return ops.glu(hidden, activation=self.activation, gated=self.glu)
-        if not self.glu:
-            return self.act(hidden)
-        a, b = hidden.chunk(2, dim=-1)
-        return self.act(a) * b
 
-    def _fuses(self, hidden: Tensor) -> bool:
-        # Elsewhere than on a CPU the op is its reference. A compiler fuses the plain form itself.
-        if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        if hidden.dtype not in _FUSED_DTYPES or hidden.numel() < _FUSED_ELEMENTS:
-            return False
-        # Alone, PyTorch's relu and its gelu in fp32 are as fast as the op.
-        half = hidden.dtype != torch.float32
-        return (
-            self.glu
-            or self.activation in ("gelu_tanh", "silu")
-            or (half and self.activation == "gelu")
-        )
+def activate(hidden: Tensor, act: Callable[[Tensor], Tensor], *, gated: bool) -> Tensor:
+    """The hidden rows of an MLP through its activation, by :func:`encfast.ops.glu` where that pays.
+
+    Args:
+        hidden: ``[N, F]``, or with ``gated`` ``[N, 2F]``: ``act(a) * b`` of ``[a, b]``.
+        act: one of :func:`activation`, or any other function.
+
+    Returns:
+        ``[N, F]``.
+    """
+    if _fuses(hidden, act, gated):
+        return ops.glu(hidden, activation=_NAMES[act], gated=gated)
+    if not gated:
+        return act(hidden)
+    a, b = hidden.chunk(2, dim=-1)
+    return act(a) * b
+
+
+def _fuses(hidden: Tensor, act: Callable[[Tensor], Tensor], gated: bool) -> bool:
+    # Elsewhere than on a CPU the op is its reference. A compiler fuses the plain form itself.
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if hidden.dtype not in _FUSED_DTYPES or hidden.numel() < _FUSED_ELEMENTS:
+        return False
+    # Alone, PyTorch's relu and its gelu in fp32 are as fast as the op.
+    half = hidden.dtype != torch.float32
+    name = _NAMES.get(act, "")
+    return bool(name) and (gated or name in ("gelu_tanh", "silu") or (half and name == "gelu"))
