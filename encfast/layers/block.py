@@ -28,6 +28,10 @@ class Block(nn.Module):
 
     With ``layer_scale`` each branch has a learned factor per channel, ``scale1`` and ``scale2``
     (Touvron et al. 2021, arXiv 2103.17239); with ``drop_path`` a sequence may skip it in training.
+
+    Args:
+        config: of the block.
+        mlp: rows ``[N, C]`` -> rows ``[N, C]`` in the place of an MLP that ``config`` describes.
     """
 
     scale1: nn.Parameter | None
@@ -38,6 +42,7 @@ class Block(nn.Module):
         self,
         config: BlockConfig,
         *,
+        mlp: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -45,7 +50,7 @@ class Block(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.post = config.norm_position == "post"
         self.attn = Attention(config, **factory)
-        self.mlp = MLP(config, **factory)
+        self.mlp = MLP(config, **factory) if mlp is None else mlp
         self.norm1 = _norm(config, **factory) if config.first_norm else nn.Identity()
         self.norm2 = _norm(config, **factory)
         self.attn_drop = Dropout(config.attn_out_dropout)
@@ -90,6 +95,17 @@ class Block(nn.Module):
         Returns:
             ``[M, C]``.
         """
+        seen, x = self.attended(batch, rows, rope, cache)
+        return self.joined(self.mlp(seen), x, batch, rows)
+
+    def attended(
+        self,
+        batch: PackedBatch,
+        rows: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The half with attention: what the MLP reads, and the residual stream beside it."""
         x = batch.data
         seen = batch if self.post else batch.with_data(self.norm1(x))
         heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
@@ -98,16 +114,20 @@ class Block(nn.Module):
         branch = self.drop_path1(self.attn_drop(self.attn.out(heads)), batch, rows)
         if self.post:
             x = _norm_of_sum(self.norm1, branch, x, self.scale1)
-            return _norm_of_sum(self.norm2, self._mlp_branch(x, batch, rows), x, self.scale2)
+            return x, x
         if isinstance(self.norm2, Norm):
             normed, x = self.norm2(branch, x, branch_scale=self.scale1, return_sum=True)
         else:
             x = _sum(branch, x, self.scale1)
             normed = self.norm2(x)
-        return _sum(self._mlp_branch(normed, batch, rows), x, self.scale2)
+        return normed, x
 
-    def _mlp_branch(self, x: Tensor, batch: PackedBatch, rows: Tensor | None) -> Tensor:
-        return self.drop_path2(self.mlp_drop(self.mlp(x)), batch, rows)
+    def joined(self, branch: Tensor, x: Tensor, batch: PackedBatch, rows: Tensor | None) -> Tensor:
+        """The residual stream with what the MLP made of it, ``[M, C]`` each."""
+        branch = self.drop_path2(self.mlp_drop(branch), batch, rows)
+        if self.post:
+            return _norm_of_sum(self.norm2, branch, x, self.scale2)
+        return _sum(branch, x, self.scale2)
 
 
 def _sum(branch: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -138,6 +158,7 @@ class Stack(nn.Module):
     Args:
         configs: one per block; they may differ in window, rope_theta, first_norm.
         share: use one set of weights for all blocks (ALBERT); the configs must then be equal.
+        blocks: the blocks themselves, where ``configs`` do not say all of them.
     """
 
     def __init__(
@@ -145,6 +166,7 @@ class Stack(nn.Module):
         configs: Sequence[BlockConfig],
         *,
         share: bool = False,
+        blocks: Sequence[Block] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -153,8 +175,10 @@ class Stack(nn.Module):
             raise ValueError("share=True needs equal block configs")
         self.depth = len(configs)
         self.gradient_checkpointing = False
-        unique = configs[:1] if share else configs
-        self.blocks = nn.ModuleList(Block(c, device=device, dtype=dtype) for c in unique)
+        if blocks is None:
+            unique = configs[:1] if share else configs
+            blocks = [Block(c, device=device, dtype=dtype) for c in unique]
+        self.blocks = nn.ModuleList(blocks)
         # One table per distinct base; blocks refer to theirs by position in this list.
         thetas = [c.rope_theta if c.position == "rope" else None for c in configs]
         distinct = list(dict.fromkeys(t for t in thetas if t is not None))
@@ -225,11 +249,14 @@ class Stack(nn.Module):
         tables: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache | None,
     ) -> Tensor:
-        block, which = self.blocks[i % len(self.blocks)], self.rotary_of[i]
-        rope = None if which is None else tables[which]
+        block, rope = self.blocks[i % len(self.blocks)], self._rope(i, tables)
         if self.gradient_checkpointing and self.training and cache is None:
             return _checkpointed(block, batch, rows, rope)
         return block.forward_rows(batch, rows, rope, cache)
+
+    def _rope(self, i: int, tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        which = self.rotary_of[i]
+        return None if which is None else tables[which]
 
     def _rope_tables(
         self, batch: PackedBatch, caches: Sequence[KVCache] | None
