@@ -12,9 +12,21 @@ from encfast.layers.cache import KVCache
 from encfast.layers.cross import CrossAttention, CrossBlock
 from encfast.layers.dropout import Dropout, DropPath
 from encfast.layers.embed import Embeddings
+from encfast.layers.experts import Experts
 from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
 from encfast.layers.mlp import MLP, activation
+from encfast.layers.moe import (
+    MoE,
+    MoEConfig,
+    MoEOutput,
+    ResidualMoE,
+    RouterLosses,
+    moe_layer,
+    pyramid,
+    sum_losses,
+)
+from encfast.layers.moe_block import MoEBlock, MoEStack
 from encfast.layers.norm import Norm
 from encfast.layers.patch import PatchEmbed
 from encfast.layers.pool import pool
@@ -39,6 +51,7 @@ __all__ = [
     "DropPath",
     "Dropout",
     "Embeddings",
+    "Experts",
     "FixedPositions",
     "GATLayer",
     "GCNLayer",
@@ -47,17 +60,27 @@ __all__ = [
     "KVCache",
     "LearnedPositions",
     "MaskedLMHead",
+    "MoE",
+    "MoEBlock",
+    "MoEConfig",
+    "MoEOutput",
+    "MoEStack",
     "Norm",
     "PatchEmbed",
     "PatchEncoder",
     "RelativeBias",
+    "ResidualMoE",
     "Rotary",
+    "RouterLosses",
     "SpanHead",
     "Stack",
     "activation",
     "alibi_slopes",
     "checkpointed",
+    "moe_layer",
     "pool",
+    "pyramid",
     "resize_positions",
     "sincos_positions",
+    "sum_losses",
 ]
