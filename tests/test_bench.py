@@ -316,7 +316,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     [
         ("minilm", {"minilm/padded", "minilm/sorted"}),
         ("*/padded", {"minilm/padded"}),
-        ("pad/unpad-64docstrings-bf16", {"pad/unpad-64docstrings-bf16"}),
+        ("pad/unpad-64docstrings-fp32", {"pad/unpad-64docstrings-fp32"}),
     ],
 )
 def test_only(pattern, expected):
