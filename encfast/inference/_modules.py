@@ -21,7 +21,8 @@ from encfast.packed import PackedBatch
 
 LINEARS = ("qkv", "out", "up", "down")
 _NORMS = ("norm1", "norm2")
-_ACTIVATIONS = {activation(name): name for name in ("gelu", "gelu_tanh", "silu", "relu")}
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+ACTIVATIONS = {activation(name): name for name in ("gelu", "gelu_tanh", "silu", "relu")}
 _packed_linear = torch.ops.encfast.packed_linear.default
 _varlen_attn = torch.ops.encfast.varlen_attn.default
 _rotary = torch.ops.encfast.rotary.default
@@ -194,15 +195,15 @@ class BlockCall:
             )
         for drop in ("attn_drop", "mlp_drop", "mlp.drop"):
             expect(f"{name}.{drop}", block.get_submodule(drop), Dropout)
-        if mlp.act not in _ACTIVATIONS:
+        if mlp.act not in ACTIVATIONS:
             raise NotImplementedError(
                 f"compile_encoder: {name}.mlp.act is {mlp.act!r}, served are "
-                f"{', '.join(_ACTIVATIONS.values())}"
+                f"{', '.join(ACTIVATIONS.values())}"
             )
         norms = tuple(optional_norm(f"{name}.{n}", getattr(block, n)) for n in _NORMS)
         nothing: tuple[NormCall | None, ...] = (None, None)
         in_front, behind = (nothing, norms) if block.post else (norms, nothing)
-        act: dict[str, Any] = {"act": _ACTIVATIONS[mlp.act], "gated": mlp.glu}
+        act: dict[str, Any] = {"act": ACTIVATIONS[mlp.act], "gated": mlp.glu}
         linears = (
             LinearCall.read(f"{name}.attn.qkv", attn.qkv, formats["qkv"]),
             LinearCall.read(f"{name}.attn.out", attn.out, formats["out"], norm=behind[0]),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from encfast import _load, ops
 from encfast.inference._modules import (
+    FORMATS,
     LINEARS,
     BlockCall,
     EmbedCall,
@@ -23,7 +24,6 @@ from encfast.layers import Stack, pool
 from encfast.packed import PackedBatch
 
 Pooling = Literal["mean", "first", "last"]
-_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
 
 class _Parts(NamedTuple):
@@ -87,7 +87,7 @@ class CompiledEncoder:
         parts = _parts(model)
         _check_device(model)
         stack = expect("stack", parts.stack, Stack)
-        formats = dict.fromkeys(LINEARS, _FORMATS[self.dtype])
+        formats = dict.fromkeys(LINEARS, FORMATS[self.dtype])
         formats |= dict.fromkeys(self.in_bf16, "bf16")
         embed = EmbedCall.read("embed", parts.embed, self.compute_dtype)
         project = None
@@ -229,7 +229,7 @@ class CompiledEncoder:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"CompiledEncoder({self._name}, {_FORMATS[self.dtype]}, {len(self._blocks)} blocks)"
+        return f"CompiledEncoder({self._name}, {FORMATS[self.dtype]}, {len(self._blocks)} blocks)"
 
 
 def _check_ids(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -289,9 +289,9 @@ def compile_encoder(
         NotImplementedError: for a model or one of its modules that is not served, naming it.
         TypeError, ValueError: for another dtype or an unknown linear layer.
     """
-    if dtype not in _FORMATS:
+    if dtype not in FORMATS:
         raise TypeError(
-            f"compile_encoder: dtype is {dtype}, expected one of {', '.join(map(str, _FORMATS))}"
+            f"compile_encoder: dtype is {dtype}, expected one of {', '.join(map(str, FORMATS))}"
         )
     unknown = sorted(set(in_bf16) - set(LINEARS))
     if unknown or isinstance(in_bf16, str):
