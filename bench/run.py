@@ -38,6 +38,7 @@ BENCHES = (
     "add_norm",
     "glu",
     "grouped_mm",
+    "seg_pool",
     "packed_linear",
 )
 

@@ -270,6 +270,27 @@ class PackedBatch:
 
     # Exits: at the border again.
 
+    def groups(self, size: int) -> PackedBatch:
+        """The same rows cut into groups of consecutive ones: each sequence into its own.
+
+        What :func:`encfast.ops.seg_pool` reduces to one row per group. Sequence b has
+        ceil(L_b / size) of them, as even as possible and longer ones first, as in ARC-Encoder
+        (kyutai, 2025). Reads the lengths on the host.
+
+        Args:
+            size: rows of a group at most, 1 at least.
+
+        Returns:
+            The batch of all groups, whose ``data`` is this one's.
+
+        Raises:
+            ValueError: for a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"size is {size}, expected at least 1")
+        lengths = self.lengths().tolist()
+        return PackedBatch.from_lengths(self.data, [g for n in lengths for g in _even(n, size)])
+
     def split(self) -> list[Tensor]:
         """One view ``[L_b, ...]`` per sequence (reads the lengths on the host)."""
         return list(self.data.split(self.lengths().tolist()))
@@ -285,6 +306,12 @@ class PackedBatch:
             f"PackedBatch({self.batch_size} sequences, data={tuple(self.data.shape)} "
             f"{self.data.dtype} on {self.device}, max_seqlen={self.max_seqlen})"
         )
+
+
+def _even(n: int, size: int) -> list[int]:
+    """n split into ceil(n / size) parts that differ by 1 at most, the longer ones first."""
+    count = -(-n // size)
+    return [n // count + (i < n % count) for i in range(count)]
 
 
 def _host_lengths(lengths: Sequence[int] | Tensor) -> list[int]:

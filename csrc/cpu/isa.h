@@ -12,6 +12,7 @@
 #include "pad.h"
 #include "patch_gather.h"
 #include "rotary.h"
+#include "seg_pool.h"
 #include "varlen_attn.h"
 
 #if defined(__x86_64__)
@@ -30,6 +31,7 @@
   X(Pad, pad)                    \
   X(PatchGather, patch_gather)   \
   X(Rotary, rotary)              \
+  X(SegPool, seg_pool)           \
   X(VarlenAttn, varlen_attn)
 
 namespace encfast {

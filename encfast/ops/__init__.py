@@ -17,6 +17,7 @@ from .patch_gather import (
     select_patches,
 )
 from .rotary import rotary, rotary_qk
+from .seg_pool import seg_pool
 from .varlen_attn import varlen_attn
 
 OPS = (
@@ -29,6 +30,7 @@ OPS = (
     "patch_gather",
     "moe_route",
     "grouped_mm",
+    "seg_pool",
 )
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "rotary_qk",
     "route_tokens",
     "scatter_rows",
+    "seg_pool",
     "select_patches",
     "select_rows",
     "sort_choices",

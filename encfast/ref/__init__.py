@@ -23,6 +23,7 @@ from .patch_gather import (
     unfold_patches,
 )
 from .rotary import rotary
+from .seg_pool import seg_pool
 from .varlen_attn import varlen_attn
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "restore_rows",
     "rotary",
     "scatter_rows",
+    "seg_pool",
     "select_patches",
     "sort_choices",
     "unfold_patches",

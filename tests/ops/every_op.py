@@ -172,6 +172,21 @@ def check_moe_route():
     )
 
 
+def check_seg_pool():
+    cu_seqlens = torch.tensor([0, 17, 17, 60], dtype=torch.int32)
+    inputs = {"x": torch.randn(60, 70), "weights": torch.randn(60)}
+    for how in ("max", "attention"):
+        check(
+            "seg_pool",
+            lambda x, weights=None, how=how: ops.seg_pool(
+                x, cu_seqlens, how, weights=weights, normalize=True
+            ),
+            lambda x, weights=None, how=how: ref.seg_pool(x, cu_seqlens, how, weights, True),
+            inputs if how == "attention" else {"x": inputs["x"]},
+            (3, 70),
+        )
+
+
 def main():
     torch.manual_seed(0)
     for stem in ops.OPS:
