@@ -325,3 +325,19 @@ def test_window_and_causal_are_what_a_mask_says():
         out = ops.varlen_attn(q, k, v, cu_seqlens((3,)), **options)
         score = (q[:, 0] @ k[:, 0].T / 8**0.5).masked_fill(~mask, float("-inf"))
         torch.testing.assert_close(out[:, 0], score.softmax(-1) @ v[:, 0])
+
+
+def test_equal_keys_cancel_up_to_the_rounding_of_their_terms():
+    """Of equal keys and values dq is 0, and what is left of it is an eps of the terms.
+
+    The plain maths gets 0 by chance: it takes the mean of dP from the very numbers it is subtracted
+    from, a flash backward takes it from dout and out.
+    """
+    q, dout = torch.randn(33, 3, 128), torch.randn(33, 3, 128)
+    k, v = (torch.randn(128).expand(2, 3, 128) for _ in range(2))
+    q.requires_grad_()
+    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (33, 2))
+    out = ops.varlen_attn(q, k, v, cu_q, cu_seqlens_k=cu_k)
+    (dq,) = torch.autograd.grad(out, q, dout)
+    terms = (dout * v[0]).abs().sum(-1).amax() * k.abs().amax() / 128**0.5
+    assert dq.abs().amax() <= torch.finfo(torch.float32).eps * terms
