@@ -38,6 +38,7 @@ BENCHES = (
     "add_norm",
     "glu",
     "grouped_mm",
+    "moe",
     "packed_linear",
 )
 
