@@ -127,6 +127,7 @@ class BenchSpec:
     needs: tuple[str, ...] = ()  # modules beyond PyTorch and encfast
     budget_s: float = 10.0  # for the timed rounds of one measurement
     charted: bool = False  # whether it is in the picture of a run
+    facts: tuple[str, ...] = ()  # lines about what is computed, below the table
 
     @property
     def unit(self) -> str:

@@ -135,7 +135,7 @@ def table(result: Result, setting: Setting) -> Table:
     for row in result.rows:
         grid.add_row(*_cells(row, cpu and setting.threads > 1), style="bold" if row.ours else "")
     notes = [f"{r.variant}: {r.missing or r.note}" for r in result.rows if r.missing or r.note]
-    grid.caption, grid.caption_justify = escape("\n".join(notes)), "left"
+    grid.caption, grid.caption_justify = escape("\n".join([*notes, *spec.facts])), "left"
     return grid
 
 
@@ -254,6 +254,7 @@ def to_json(results: Sequence[Result], env: dict[str, Any]) -> dict[str, Any]:
                 "title": result.spec.title,
                 "unit": result.spec.unit,
                 "work": result.work,
+                "facts": list(result.spec.facts),
                 "took_s": result.took_s,
                 "rows": [dataclasses.asdict(row) for row in result.rows],
             }

@@ -39,6 +39,7 @@ BENCHES = (
     "glu",
     "grouped_mm",
     "seg_pool",
+    "moe",
     "packed_linear",
 )
 

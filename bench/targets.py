@@ -133,6 +133,12 @@ def _grouped(dtype: str) -> Target:
     return Target(f"grouped_mm fwd+bwd E=64 {dtype}", spec, ours, peer, 1.2, 1.4)
 
 
+def _mixture(dtype: str) -> Target:
+    spec = f"moe/block-fwd+bwd-E64-T512-C768-F1536-{dtype}"
+    ours, peer = ("encfast",), ("transformers grouped_mm",)
+    return Target(f"mixture fwd+bwd E=64 {dtype}", spec, ours, peer, 1.2, 1.4)
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -199,6 +205,8 @@ TARGETS: tuple[Target, ...] = (
     *_restores("N1568"),
     _grouped("fp32"),
     _grouped("bf16"),
+    _mixture("fp32"),
+    _mixture("bf16"),
     *(
         t
         for phase in ("fwd", "fwd+bwd")

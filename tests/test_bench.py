@@ -80,7 +80,7 @@ def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
     assert in_quick == {"minilm", "training", "mae", *OPS}
-    assert in_full == {"bert-base", "vivit", *in_quick}
+    assert in_full == {"bert-base", "moe", "vivit", *in_quick}
     assert len(full) > len(quick)
 
 
@@ -244,6 +244,18 @@ def test_a_busy_machine_is_said():
     assert "0.5 cores busy" in report.other_load(env)[0]
     quiet = ({"cores_busy_with_other_programs": x} for x in (None, 0.1))
     assert not any(report.other_load(env | change) for change in ({"threads": 1}, *quiet))
+
+
+def test_facts_stand_below_the_table_and_in_the_json():
+    pytest.importorskip("rich", reason="the report needs rich")
+    import report
+
+    (spec,) = (s for s in run.collect(TINY, "moe/block") if "fwd+bwd" in s.name)
+    result = harness.Result(dataclasses.replace(spec, pairs=()), (), {})
+    caption = report.table(result, TINY).caption
+    assert "a token activates 0.0024 M of 0.004704 M parameters" in caption
+    assert "4 processes, 8 on a node" in caption and "hierarchical" in caption
+    assert report.to_json([result], {})["results"][0]["facts"] == list(spec.facts)
 
 
 def test_the_threads_target_compares_a_variant_with_itself(monkeypatch):

@@ -5,6 +5,7 @@ take row tensors ``[N, C]``. Projections stay ``nn.Linear`` children, so that Lo
 maps of other libraries find them.
 """
 
+from encfast.layers.all_to_all_cost import AllToAllCost
 from encfast.layers.attention import Attention, alibi_slopes
 from encfast.layers.batchnorm import BatchNorm, checkpointed
 from encfast.layers.block import Block, Stack
@@ -12,6 +13,12 @@ from encfast.layers.cache import KVCache
 from encfast.layers.cross import CrossAttention, CrossBlock
 from encfast.layers.dropout import Dropout, DropPath
 from encfast.layers.embed import Embeddings
+from encfast.layers.expert_parallel import (
+    ExpertParallel,
+    average_gradients,
+    expert_parameters,
+    parallelise_experts,
+)
 from encfast.layers.experts import Experts
 from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
@@ -42,6 +49,7 @@ from encfast.layers.vit import PatchEncoder
 
 __all__ = [
     "MLP",
+    "AllToAllCost",
     "Attention",
     "BatchNorm",
     "Block",
@@ -51,6 +59,7 @@ __all__ = [
     "DropPath",
     "Dropout",
     "Embeddings",
+    "ExpertParallel",
     "Experts",
     "FixedPositions",
     "GATLayer",
@@ -76,8 +85,11 @@ __all__ = [
     "Stack",
     "activation",
     "alibi_slopes",
+    "average_gradients",
     "checkpointed",
+    "expert_parameters",
     "moe_layer",
+    "parallelise_experts",
     "pool",
     "pyramid",
     "resize_positions",

@@ -1,0 +1,1 @@
+"""Hooks of other libraries that encfast fills. `import encfast` imports none of them."""
