@@ -104,6 +104,20 @@ def _inside(start, BLOCK: tl.constexpr, size, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _add_product(b_sum, b_x, b_y):
+    """b_sum + b_x b_y.
+
+    In float32 a step's own sum is added as a whole: one chain over thousands of terms would have
+    several times the error of plain PyTorch. A limit of imprecise terms, which means nothing for
+    float32, keeps the compiler from starting the step's chain with b_sum.
+    """
+    if b_x.dtype == tl.float32:
+        return b_sum + tl.dot(b_x, b_y, input_precision="ieee", max_num_imprecise_acc=b_x.shape[1])
+    else:
+        return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
+
+
+@triton.jit
 def grouped_mm_kernel(
     x,  # [N, C]
     weight,  # [E, F, C]
@@ -144,13 +158,13 @@ def grouped_mm_kernel(
     b_out = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     for _ in range(terms // BLOCK_C):
         b_w = _load(p_w + o_w, None, m_f)
-        b_out = tl.dot(tl.load(p_x + o_x), b_w, b_out, input_precision="ieee")
+        b_out = _add_product(b_out, tl.load(p_x + o_x), b_w)
         p_x += BLOCK_C
         p_w += step
     if not C_WHOLE:
         m_c = o_c < terms % BLOCK_C
         b_w = _load(p_w + o_w, m_c, m_f)
-        b_out = tl.dot(_load(p_x + o_x, None, m_c), b_w, b_out, input_precision="ieee")
+        b_out = _add_product(b_out, _load(p_x + o_x, None, m_c), b_w)
     m_column = column + o_f < F
     if bias is not None:
         p_bias = bias + tl.cast(i_e, tl.int64) * F + column
@@ -193,13 +207,13 @@ def grouped_mm_dweight_kernel(
     b_dw = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
     for _ in range(n // BLOCK_N):
         b_dout, b_x = _load(p_dout + o_dout, m_f, None), _load(p_x + o_x, None, m_c)
-        b_dw = tl.dot(b_dout, b_x, b_dw, input_precision="ieee")
+        b_dw = _add_product(b_dw, b_dout, b_x)
         p_dout += step_dout
         p_x += step_x
     if n % BLOCK_N:
         m_n = o_n < n % BLOCK_N
         b_dout, b_x = _load(p_dout + o_dout, m_f, m_n), _load(p_x + o_x, m_n, m_c)
-        b_dw = tl.dot(b_dout, b_x, b_dw, input_precision="ieee")
+        b_dw = _add_product(b_dw, b_dout, b_x)
     p_dw = dweight + (tl.cast(i_e, tl.int64) * F + at_f) * C + at_c + _tile_offsets(o_f, C, o_c, 1)
     m_tile = (at_f + o_f < F)[:, None] & (at_c + o_c < C)[None, :]
     tl.store(p_dw, b_dw.to(dweight.dtype.element_ty), mask=m_tile)

@@ -252,3 +252,15 @@ def test_the_main_loops_of_grouped_mm_multiply_and_load(arch):
         if arch == "sm_80":
             assert kernel.loop["mma"] * warps * 16 * 8 * 16 == block_m * block_n * block_k
             assert kernel.loop["select"] < 0.25 * kernel.loop["mma"]
+
+
+def test_grouped_mm_in_float32_adds_the_sums_of_its_steps():
+    """One chain of 1536 terms would have three times the largest error of plain PyTorch."""
+    with compiling("sm_80") as launches:
+        grouped_mm.grouped_mm(
+            torch.zeros(1024, 64), torch.zeros(2, 64, 64), torch.zeros(3, dtype=torch.int32), None
+        )
+        rows, columns, terms, warps, _ = grouped_mm._TILES["sm_80"][4][grouped_mm.MANY]
+    (found,) = [report(x.kernel) for x in launches]
+    sums = rows * columns // (32 * warps)  # of a thread
+    assert found.loop["float"] >= sums * terms + sums
