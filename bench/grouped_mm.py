@@ -43,16 +43,16 @@ class Inputs:
     dout: Tensor  # [N, F]
 
 
-def _inputs(s: Shape, dtype: torch.dtype) -> Inputs:
+def _inputs(s: Shape, dtype: torch.dtype, device: str) -> Inputs:
     g = torch.Generator().manual_seed(0)
     chosen = torch.rand(s.tokens, s.E, generator=g).topk(2).indices.flatten()
     ends = torch.bincount(chosen, minlength=s.E).cumsum(0)
     n = chosen.numel()
     return Inputs(
-        torch.randn(n, s.C, generator=g).to(dtype).requires_grad_(),
-        (torch.randn(s.E, s.F, s.C, generator=g) * s.C**-0.5).to(dtype).requires_grad_(),
-        F.pad(ends, (1, 0)).to(torch.int32),
-        torch.randn(n, s.F, generator=g).to(dtype),
+        torch.randn(n, s.C, generator=g).to(device, dtype).requires_grad_(),
+        (torch.randn(s.E, s.F, s.C, generator=g) * s.C**-0.5).to(device, dtype).requires_grad_(),
+        F.pad(ends, (1, 0)).to(device, torch.int32),
+        torch.randn(n, s.F, generator=g).to(device, dtype),
     )
 
 
@@ -116,7 +116,7 @@ def _spec(s: Shape, backward: bool, dtype: torch.dtype, setting: Setting) -> Ben
         name=f"grouped_mm/{what}-E{s.E}-N{2 * s.tokens}-C{s.C}-F{s.F}-{short_name(dtype)}",
         title=f"grouped_mm {what}, {2 * s.tokens} rows of {s.E} experts, C={s.C}, F={s.F}, "
         f"{short_name(dtype)}",
-        inputs=lambda: _inputs(s, dtype),
+        inputs=lambda: _inputs(s, dtype, setting.device),
         variants=tuple(
             Variant(
                 name,
@@ -135,13 +135,13 @@ def _spec(s: Shape, backward: bool, dtype: torch.dtype, setting: Setting) -> Ben
 
 
 def specs(setting: Setting) -> list[BenchSpec]:
-    """The benches of this op in a suite; there is no GPU kernel."""
-    if setting.device != "cpu":
-        return []
+    """The benches of this op in a suite."""
     experts = {"tiny": (), "quick": (64,), "full": (8, 64, 128)}[setting.suite]
     shapes = [Shape(512, e, 768, 1536) for e in experts] or [Shape(12, 4, 24, 16)]
-    # The gradient of 64 weights alone takes 300 MB, and each of its calls a third of a second.
-    phases = (False,) if setting.suite == "quick" else (False, True)
+    # The gradient of 64 weights alone takes 300 MB, and each of its calls on a CPU a third of a
+    # second.
+    forward_only = setting.suite == "quick" and setting.device == "cpu"
+    phases = (False,) if forward_only else (False, True)
     return [
         _spec(s, backward, dtype, setting)
         for s in shapes

@@ -20,7 +20,7 @@ from tables import ROOT, filled, run
 
 PAGE = ROOT / "docs" / "gpu.md"
 STATIC = ROOT / "perf" / "static"
-SEQLEN = 512  # rows of the sequences that attention's and selection's intensity is given for
+SEQLEN = 512  # rows of the sequences or groups that some kernels' intensity is given for
 TENSOR = ("mma", "wgmma", "tcgen05", "mfma")
 
 
@@ -47,14 +47,17 @@ BOARDS = {
 
 Work = tuple[float, float]  # floating-point operations, bytes that must move
 
-# Per row and head of attention (D channels, bf16), per channel of a row elsewhere. Operations are
-# counted as the formulas stand, a special function as one; bytes are those of reading each input
-# and writing each result once.
+# Per row and head of attention (D channels, bf16), per row of grouped_mm (D channels to 2 D), per
+# channel of a row elsewhere. Operations are counted as the formulas stand, a special function as
+# one; bytes are those of reading each input and writing each result once.
 WORK: dict[str, Callable[[int], Work]] = {
     "varlen_attn_kernel": lambda D: (4 * SEQLEN * D, 2 * 4 * D + 4),
     "varlen_attn_row_terms_kernel": lambda D: (2 * D, 2 * 2 * D + 8),
     "varlen_attn_dq_kernel": lambda D: (6 * SEQLEN * D, 2 * 5 * D + 8),
     "varlen_attn_dkv_kernel": lambda D: (8 * SEQLEN * D, 2 * 6 * D + 8),
+    "grouped_mm_kernel": lambda D: (4 * D * D, 2 * 3 * D + 2 * 2 * D * D / SEQLEN),
+    "grouped_mm_dweight_kernel": lambda D: (4 * D * D, 2 * 3 * D + 2 * 2 * D * D / SEQLEN),
+    "grouped_mm_dbias_kernel": lambda D: (2 * D, 2 * 2 * D),
     "glu_kernel": lambda D: (8, 6),
     "glu_bwd_kernel": lambda D: (20, 10),
     "rotary_kernel": lambda D: (3, 4),

@@ -17,7 +17,7 @@ from encfast._version import __version__
 
 # Every environment variable encfast reads, and where.
 VARIABLES = {
-    "ENCFAST_AUTOTUNE": "1: GPUs time the tiles of attention once (encfast/kernels/_tune.py)",
+    "ENCFAST_AUTOTUNE": "1: GPUs time the tiles of products once (encfast/kernels/_tune.py)",
     "ENCFAST_CHECK": "1: assert the values of CUDA tensors too, without waiting (encfast/ops)",
     "ENCFAST_CPU_ISA": "forces one of the usable CPU ISAs, read once (csrc/bind/isa.cpp)",
     "ENCFAST_CUDA": "build only; 0: no CUDA, 1: CUDA or an error (tools/cuda_toolkit.py)",

@@ -1,9 +1,5 @@
-"""What the kernels of varlen_attn share: whose rows a program has, which rows of the other side it
-visits, and what turns q k into a score.
-
-Rows in slots. Sequence b of a side owns the tile slots cu_seqlens[b] // BLOCK + b and up, at least
-as many as its rows fill, so that N // BLOCK + B programs cover any lengths, and one finds its
-sequence by a binary search in cu_seqlens: no table is made, and the host needs no lengths.
+"""What the kernels of varlen_attn share: which rows of the other side a program visits, and what
+turns q k into a score. Whose rows it has itself is said in `_ragged`.
 
 Full tiles and edges. Of the other side's rows a tile sees those from `lo` to `hi`. In the blocks
 between `full_lo` and `full_hi` all of its rows see all of them: nothing is masked there. Edges are
@@ -21,6 +17,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._ragged import find_slot
 
 # Weights of rules: scores are scale q k; or also ALiBi and a window; or anything else.
 PLAIN, POSITIONAL, BIASED = range(3)
@@ -111,19 +109,8 @@ def find_tile(cu_seqlens, B, i_slot, BLOCK: tl.constexpr):
 
     The last may be beyond the length: the slot is not used.
     """
-    i_b, end = 0, B
-    while end - i_b > 1:
-        middle = (i_b + end) // 2
-        behind = tl.load(cu_seqlens + middle) // BLOCK + middle <= i_slot
-        i_b = tl.where(behind, middle, i_b)
-        end = tl.where(behind, end, middle)
-    first = tl.load(cu_seqlens + i_b)
-    return (
-        i_b,
-        first,
-        tl.load(cu_seqlens + i_b + 1) - first,
-        (i_slot - first // BLOCK - i_b) * BLOCK,
-    )
+    i_b, first, start = find_slot(cu_seqlens, B, i_slot, BLOCK)
+    return i_b, first, tl.load(cu_seqlens + i_b + 1) - first, start
 
 
 @triton.jit

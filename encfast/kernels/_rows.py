@@ -66,7 +66,7 @@ def sum_partials(partials: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]
 
 def rows_of(x: Tensor) -> Tensor:
     """x as [N, C] with contiguous channels: a view where the rows lie evenly spaced."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -1,10 +1,10 @@
-"""Tiles of the attention kernels: from a table, or measured where ENCFAST_AUTOTUNE=1 asks for it.
+"""Tiles of matrix products: from a table, or measured where ENCFAST_AUTOTUNE=1 asks for it.
 
-With it, the first call of a dtype, head size and kind of rule times, on its own tensors, every tile
-that a table holds for any GPU of the vendor; the process keeps the fastest for calls of any length.
-That costs tens of compilations once. Tiles differ in the order of their sums, so the last bits of a
-result may differ between processes. While a CUDA graph is captured nothing is timed: the table
-serves.
+With it, the first call of its kind (of attention: of a dtype, head size and kind of rule) times, on
+its own tensors, every tile that a table holds for any GPU of the vendor; the process keeps the
+fastest for calls of any length. That costs tens of compilations once. Tiles differ in the order of
+their sums, so the last bits of a result may differ between processes. While a CUDA graph is
+captured nothing is timed: the table serves.
 """
 
 import functools
@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from . import _config
 from ._attn_tile import Rule, weight
 
-Tile = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, warps, stages
+Tile = tuple[int, ...]  # blocks, warps, stages
 _fastest: dict[tuple, Tile] = {}
 
 
@@ -32,7 +32,7 @@ def launch(
     head_size: int,
     rule: Rule,
 ) -> None:
-    """Launches the kernel on `args` with a tile of the table.
+    """Launches a kernel of attention on `args` with a tile of the table.
 
     `grid` gets a dictionary with BLOCK_M and BLOCK_N, as Triton hands it out.
     """
@@ -50,13 +50,21 @@ def launch(
             num_stages=stages,
         )
 
-    if _is_on():
-        terms = tuple(term is None for term in rule)
-        key = kernel.__name__, _config.target(), dtype, head_size, terms
-        if key not in _fastest:
-            _fastest[key] = _measured(tile, _candidates(table, dtype, block_d), run)
-        tile = _fastest[key]
-    run(tile)
+    terms = tuple(term is None for term in rule)
+    key = kernel.__name__, dtype, head_size, terms
+    run(fastest(key, tile, lambda: _candidates(table, dtype, block_d), run))
+
+
+def fastest(
+    key: tuple, default: Tile, tiles: Callable[[], list[Tile]], run: Callable[[Tile], None]
+) -> Tile:
+    """The tile of calls that share `key`: `default`, or the fastest of `tiles` where asked for."""
+    if not _is_on():
+        return default
+    key = *key, _config.target()
+    if key not in _fastest:
+        _fastest[key] = _measured(default, tiles(), run)
+    return _fastest[key]
 
 
 def _is_on() -> bool:

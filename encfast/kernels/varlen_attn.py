@@ -1,7 +1,7 @@
 """Softmax attention over packed sequences, flash-attention's online softmax, in Triton.
 
 Tiling. A program owns BLOCK_M queries of one head and walks over the keys they see in blocks of
-BLOCK_N, first the full ones, then the edges (`_attn_tile` says which, and who owns which rows).
+BLOCK_N, first the full ones, then the edges (`_attn_tile` says which, `_ragged` whose rows).
 Neighbours in the grid are neighbours in the sequence and find its keys in L2.
 
                  keys of one sequence

@@ -9,8 +9,8 @@ weight and bias is 0. No rows yield none.
 
 Sources: Gale et al., MegaBlocks (arXiv:2211.15841); Jiang et al., Mixtral (arXiv:2401.04088).
 
-Backends: C++ on the CPU, which reads each weight once where groups are small; elsewhere the
-reference.
+Backends: C++ on the CPU, which reads each weight once where groups are small, and Triton on CUDA
+and HIP; elsewhere the reference.
 """
 
 from itertools import pairwise
@@ -159,8 +159,23 @@ def _reference_bwd(dout, x, weight, cu_seqlens, want_dx, want_dweight, want_dbia
     )
 
 
+def _triton_fwd(x, weight, cu_seqlens, bias):
+    from ..kernels import grouped_mm as kernels
+
+    _check(x, weight, cu_seqlens, bias)
+    return kernels.grouped_mm(x, weight, cu_seqlens, bias)
+
+
+def _triton_bwd(dout, x, weight, cu_seqlens, want_dx, want_dweight, want_dbias):
+    from ..kernels import grouped_mm as kernels
+
+    return kernels.grouped_mm_bwd(dout, x, weight, cu_seqlens, want_dx, want_dweight, want_dbias)
+
+
 _backends.register_reference("grouped_mm", "grouped_mm", _reference_fwd)
 _backends.register_reference("grouped_mm", "grouped_mm_bwd", _reference_bwd)
+_backends.register_triton("grouped_mm", "grouped_mm", _triton_fwd, _reference_fwd)
+_backends.register_triton("grouped_mm", "grouped_mm_bwd", _triton_bwd, _reference_bwd)
 
 
 def grouped_mm(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from encfast.kernels import add_norm, glu, rotary, varlen_attn
+from encfast.kernels import add_norm, glu, grouped_mm, rotary, varlen_attn
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,62 @@ def glu_odd_width():
     x, dout, bias = _bf16(5, 66), _bf16(5, 33), torch.zeros(66)
     glu.glu(x, bias, "silu", True, False)
     glu.glu_bwd(dout, x, bias, "silu", True, False, True)
+
+
+_PRODUCTS = ("grouped_mm_kernel", "grouped_mm_dweight_kernel")
+
+
+def _grouped_mm(C, F, dtype=torch.bfloat16, rows=512, E=8, transposed=False):
+    """Both ways, of `rows` a group on average."""
+    x, dout = torch.zeros(rows * E, C, dtype=dtype), torch.zeros(rows * E, F, dtype=dtype)
+    weight, bias = torch.zeros(E, F, C, dtype=dtype), torch.zeros(E, F, dtype=dtype)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    cu = torch.zeros(E + 1, dtype=torch.int32)
+    grouped_mm.grouped_mm(x, weight, cu, bias)
+    grouped_mm.grouped_mm_bwd(dout, x, weight, cu, True, True, True)
+
+
+@call(tensor_kernels=_PRODUCTS, quick=True)
+def grouped_mm_768():
+    """To twice as many columns, groups of 512 rows on average."""
+    _grouped_mm(768, 1536)
+
+
+@call(tensor_kernels=_PRODUCTS)
+def grouped_mm_few_rows():
+    """Also weights that lie transposed, as some checkpoints have them."""
+    _grouped_mm(768, 1536, rows=16)
+    _grouped_mm(768, 1536, torch.float16, rows=16, transposed=True)
+
+
+@call()
+def grouped_mm_float32():
+    for rows in (16, 512):
+        _grouped_mm(768, 1536, torch.float32, rows)
+
+
+@call(tensor_kernels=_PRODUCTS)
+def grouped_mm_edges():
+    """Multiples of 16 that fill no tile: masks, and a last step of fewer terms."""
+    _grouped_mm(208, 80)
+    _grouped_mm(208, 80, rows=16)
+    _grouped_mm(208, 80, torch.float32)
+
+
+@call(tensor_kernels=_PRODUCTS)
+def grouped_mm_odd_widths():
+    for C, F in ((100, 45), (33, 64)):
+        _grouped_mm(C, F)
+        _grouped_mm(C, F, torch.float32)
+
+
+@call(tensor_kernels=_PRODUCTS)
+def grouped_mm_ones():
+    """Sizes of 1, which the compiler takes for constants."""
+    _grouped_mm(768, 1536, E=1)
+    _grouped_mm(768, 1, rows=1, E=1)
+    _grouped_mm(1, 768, rows=1, E=1)
 
 
 @call(quick=True)

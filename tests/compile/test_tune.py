@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from cross import compiling
 from triton.runtime.errors import OutOfResources
 
-from encfast.kernels import _attn_tile, _tune, varlen_attn
+from encfast.kernels import _attn_tile, _tune, grouped_mm, varlen_attn
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL, LARGE, HUGE = (32, 32, 4, 1), (64, 64, 4, 2), (256, 256, 8, 4)
@@ -131,3 +131,20 @@ def test_the_kernels_of_attention_are_measured(monkeypatch):
     names = ("varlen_attn_kernel", "varlen_attn_dq_kernel", "varlen_attn_dkv_kernel")
     assert tuple(key[0] for key in _tune._fastest) == names
     assert [launch.name for launch in launches if launch.name in names] == list(names)
+
+
+def test_grouped_mm_is_measured_by_kind_of_call(monkeypatch):
+    monkeypatch.setattr(_tune, "_fastest", {})
+    monkeypatch.setenv("ENCFAST_AUTOTUNE", "1")
+    timed = []
+    monkeypatch.setattr(_tune, "_seconds", lambda run: timed.append(run) or len(timed))
+    weight = torch.zeros(2, 64, 32, dtype=BF16)
+    with compiling("sm_80") as launches:
+        tiles = grouped_mm._candidates(BF16)
+        for n in (64, 64, 60, 65, 128):  # few rows a group, then many
+            x = torch.zeros(n, 32, dtype=BF16)
+            cu = torch.tensor([0, 9, n], dtype=torch.int32)
+            grouped_mm.grouped_mm(x, weight, cu, None)
+    assert len(_tune._fastest) == 2 and len(timed) == 2 * len(tiles)
+    assert set(_tune._fastest.values()) == {tiles[0]}
+    assert len(launches) == 5

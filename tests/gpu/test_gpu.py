@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from encfast import ops
+from gpu_check import CPU_ALONE
 
 pytestmark = [
     pytest.mark.cuda,
@@ -53,6 +54,13 @@ def route_and_return(q, k, v, cu):
     return ops.unpermute_rows(ops.permute_rows(k.flatten(1), routing).sin(), routing)
 
 
+def multiply_groups(q, k, v, cu):
+    """Rows of q by a weight for each sequence, made of k; the last rows belong to none."""
+    E = len(LENS)
+    weight, bias = k[: E * 64].reshape(E, 256, 64), v[:E].flatten(1)
+    return ops.grouped_mm(q[:, 0], weight, cu.clamp(max=N - 7), bias=bias)
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -75,6 +83,7 @@ CALLS = {
         q, k, v, cu, add=v.flatten(1), add_index=torch.arange(N, device=q.device) // 29
     ),
     "moe_route": route_and_return,
+    "grouped_mm": multiply_groups,
 }
 
 
@@ -91,7 +100,7 @@ def both_ways(name, inputs, cu):
 
 def test_every_op_with_kernels_for_gpus_is_served_by_them():
     for stem in ops.OPS:
-        if stem not in ("packed_linear", "grouped_mm", "seg_pool"):  # of CPUs alone
+        if stem not in CPU_ALONE:
             assert ops.backends(stem)["cuda"] in ("triton", "native"), stem
 
 
@@ -188,6 +197,10 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(ops.select_rows(x, last)[0], x[-1])
     assert torch.equal(ops.gather_patches(x, last, (size,))[0], x[-1].flatten())
     assert torch.equal(ops.restore_rows(x.flatten(1), last)[0], x[-1].flatten())
+    groups, weight = cu[[0, -2, -1]], torch.randn(2, 16, heads * size, device="cuda").to(BF16)
+    product = ops.grouped_mm(x.flatten(1), weight, groups)
+    own = ops.grouped_mm(alone.flatten(1), weight[1:], cu_seqlens((tail,)))
+    assert torch.equal(product[-tail:], own)
 
 
 def test_another_device_than_the_current_one():

@@ -11,7 +11,7 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import add_norm, glu, rotary
+from encfast.kernels import add_norm, glu, grouped_mm, rotary
 
 
 @triton.jit
@@ -144,6 +144,18 @@ def _rotary(dtype):
     )
 
 
+def _grouped_mm(dtype):
+    """Of views, to whole tiles and to edges, with rows beyond the last group."""
+    cu = torch.tensor([0, 18, 18, 40], dtype=torch.int32)
+    results = []
+    for C, F in ((32, 64), (41, 35)):
+        x, dout = torch.randn(45, 2 * C).to(dtype)[:, C:], torch.randn(45, F).to(dtype)
+        weight, bias = torch.randn(3, C, F).to(dtype).mT, torch.randn(3, F)
+        results.append(grouped_mm.grouped_mm(x, weight, cu, bias))
+        results += grouped_mm.grouped_mm_bwd(dout, x, weight, cu, True, True, True)
+    return tuple(results)
+
+
 _ATTENTION = [
     Case((1, 0, 35, 70), heads=2, head_size=20, rel="H", rel_size=9),
     Case((7, 0, 40, 1), (60, 3, 20, 1), head_size=16, kv_heads=2, causal=True, alibi="BH"),
@@ -158,7 +170,7 @@ def _attention(case, dtype):
     return tuple(run_op(case, make_qkv(case, dtype), make_douts(case, dtype), biases).values())
 
 
-CALLS = {"add_norm": _add_norm, "glu": _glu, "rotary": _rotary}
+CALLS = {"add_norm": _add_norm, "glu": _glu, "grouped_mm": _grouped_mm, "rotary": _rotary}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
 

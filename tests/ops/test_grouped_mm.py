@@ -216,6 +216,7 @@ def test_errors_name_argument_and_value(message):
         call()
 
 
+@pytest.mark.host
 @pytest.mark.quick
 def test_direct_calls_never_read_out_of_bounds():
     """What Python checks, the kernel checks again: compiled graphs skip the Python check."""
@@ -238,6 +239,7 @@ def test_direct_calls_never_read_out_of_bounds():
                 BWD(dout, X, W, CU, True, True, True)
 
 
+@pytest.mark.host
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
