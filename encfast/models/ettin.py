@@ -38,10 +38,10 @@ from encfast.config import BlockConfig, replace_fields
 from encfast.data.text import TextBatch
 from encfast.layers import Embeddings, KVCache, MaskedLMHead, Norm, Stack, pool
 from encfast.layers.base import Model
+from encfast.layers.decode import generate
 from encfast.losses import masked_lm_loss, next_token_loss
 from encfast.models import _ettin_hf as hf
 from encfast.models._ettin_data import EttinLoss, example_batch
-from encfast.models._ettin_decode import generate
 from encfast.models._ettin_training import (
     LONG_THETA,
     SHORT_LOCAL_DECODERS,
@@ -269,7 +269,6 @@ class Ettin(Model):
             raise ValueError("an encoder cannot decode token by token; set causal=True")
         return self.stack.new_caches()
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: PackedBatch,

@@ -1,27 +1,57 @@
-"""Token-by-token decoding of ragged prompts with Ettin's caches."""
+"""Token-by-token decoding of ragged prompts with caches of keys and values."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from encfast.layers.cache import KVCache
 from encfast.packed import PackedBatch
 
-if TYPE_CHECKING:
-    from encfast.models.ettin import Ettin
+
+class Decoder(Protocol):
+    """A causal model that decodes: hidden rows of what is new, and their vocabulary scores."""
+
+    def new_caches(self) -> list[KVCache]:
+        """One empty cache per layer."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows ``[M, C]`` -> ``[M, V]``."""
+
+    def __call__(self, tokens: PackedBatch, *, rows: Tensor, caches: Sequence[KVCache]) -> Any:
+        """Ids ``[N]`` that continue the caches -> the hidden ``rows``, ``[M, C]``."""
 
 
+@torch.no_grad()
 def generate(
-    model: Ettin,
+    model: Decoder,
     prompts: PackedBatch,
     max_new_tokens: int,
     temperature: float,
     end: int,
     generator: torch.Generator | None,
 ) -> list[Tensor]:
-    """Body of :meth:`encfast.models.ettin.Ettin.generate`; ``end`` is the id that ends a text."""
+    """Continues prompts of different lengths.
+
+    A finished text goes on as a zero-length sequence: it costs nothing.
+
+    Args:
+        model: in evaluation mode.
+        prompts: ids ``[N]``, each prompt at least one token.
+        max_new_tokens: most tokens to add to each prompt.
+        temperature: 0 takes the likeliest token; otherwise samples from logits / temperature.
+        end: id that ends a text; -1 for none.
+        generator: of the samples.
+
+    Returns:
+        B tensors of ids: prompt and continuation, with its end token if it came.
+
+    Raises:
+        ValueError: for an empty prompt, a negative temperature or a negative ``max_new_tokens``.
+    """
     caches = model.new_caches()
     _check(prompts, max_new_tokens, temperature)
     texts = [[prompt] for prompt in prompts.split()]
@@ -50,7 +80,7 @@ def _check(prompts: PackedBatch, max_new_tokens: int, temperature: float) -> Non
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
     for i, length in enumerate(prompts.lengths().tolist()):
         if length == 0:
-            raise ValueError(f"prompt {i} is empty; start it with the config's bos_id")
+            raise ValueError(f"prompt {i} is empty; start it with a token that begins a text")
 
 
 def _choose(scores: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
