@@ -3,7 +3,8 @@
 Mixtral's block at a smaller width: 512 tokens, each to 2 of E gated experts. `one-hot einsum` is
 how GShard and DeepSpeed wrote it down: experts of equal room, matrices [T, E, room] of zeros and
 ones that carry rows there and back, and choices that find no room dropped; `encfast, equal room`
-drops the same ones. The others drop nothing. `dense` is one gated MLP of equal work: a bound that
+drops the same ones. The others drop nothing. `encfast packed` is inference over weights packed
+before. `dense` is one gated MLP of equal work: a bound that
 no mixture can be asked to reach.
 
 What the exchanges of expert parallelism would add on clusters is modelled, not measured
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 
 from encfast import ref
 from encfast.config import BlockConfig
+from encfast.inference import pack_experts
 from encfast.layers import AllToAllCost, MoE, MoEConfig
 
 TOP_K = 2
 ROOM = 2.0  # of an expert in units of T / E: as many as there are choices
+PACKED = "encfast packed"
 LIMITED = ("one-hot einsum", "encfast, equal room")
 CLUSTERS = (2, 4, 8, 32, 64, 128)  # processes, as far as they divide the experts
 MB = 1e6
@@ -180,7 +183,7 @@ def _dense(i: Inputs) -> Layer:
     return functools.partial(_expert, up=up, down=down), (i.x, up, down)
 
 
-def _encfast(i: Inputs, limited: bool = False) -> Layer:
+def _encfast(i: Inputs, limited: bool = False, packed: bool = False) -> Layer:
     s = i.shape
     heads = s.C // 8  # of no attention here, but a config must have some
     config = BlockConfig(
@@ -190,6 +193,8 @@ def _encfast(i: Inputs, limited: bool = False) -> Layer:
     with torch.device("meta"):
         block = MoE(config, MoEConfig(s.E, TOP_K, **kept))
     block.router.weight, block.experts.up, block.experts.down = i.router, i.up, i.down
+    if packed:
+        pack_experts(block, i.x.dtype)
     return lambda x: block(x).data, i.leaves
 
 
@@ -200,6 +205,7 @@ _LAYERS: dict[str, Callable[[Inputs], Layer]] = {
     "dense": _dense,
     "encfast, equal room": functools.partial(_encfast, limited=True),
     "encfast": _encfast,
+    PACKED: functools.partial(_encfast, packed=True),
 }
 
 
@@ -341,6 +347,7 @@ def _spec(s: Shape, backward: bool, dtype: torch.dtype, setting: Setting) -> Ben
         return _call(i, _LAYERS[name], backward, note)
 
     what = "fwd+bwd" if backward else "fwd"
+    names = [name for name in _LAYERS if not (backward and name == PACKED)]
     case = f"{what}-E{s.E}-T{s.T}-C{s.C}-F{s.F}-{short_name(dtype)}"
     return BenchSpec(
         name=f"moe/block-{case}",
@@ -356,13 +363,13 @@ def _spec(s: Shape, backward: bool, dtype: torch.dtype, setting: Setting) -> Ben
                 needs=("transformers",) if name.startswith("transformers") else (),
                 torch_products=not name.startswith("encfast"),
             )
-            for name in _LAYERS
+            for name in names
         ),
         verify=_Verify(backward),
         flops=lambda i: (6.0 if backward else 2.0) * s.T * TOP_K * s.expert,
         bytes=lambda i: _bytes(s, backward, dtype.itemsize),
         pairs=(
-            ("encfast", "transformers grouped_mm"),
+            *((name, "transformers grouped_mm") for name in names if name in ("encfast", PACKED)),
             ("encfast", "Python loop"),
             ("encfast", "dense"),
             ("encfast, equal room", "one-hot einsum"),
