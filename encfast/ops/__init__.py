@@ -16,6 +16,7 @@ from .patch_gather import (
     restore_rows,
     select_patches,
 )
+from .rank_loss import info_nce, siglip
 from .rotary import rotary, rotary_qk
 from .varlen_attn import varlen_attn
 
@@ -29,6 +30,7 @@ OPS = (
     "patch_gather",
     "moe_route",
     "grouped_mm",
+    "rank_loss",
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "gather_rows",
     "glu",
     "grouped_mm",
+    "info_nce",
     "jitter_rows",
     "masked_norm",
     "pack_linear",
@@ -56,6 +59,7 @@ __all__ = [
     "scatter_rows",
     "select_patches",
     "select_rows",
+    "siglip",
     "sort_choices",
     "unpad",
     "unpermute_rows",

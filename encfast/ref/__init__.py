@@ -22,6 +22,7 @@ from .patch_gather import (
     select_patches,
     unfold_patches,
 )
+from .rank_loss import info_nce, siglip
 from .rotary import rotary
 from .varlen_attn import varlen_attn
 
@@ -33,6 +34,7 @@ __all__ = [
     "gather_rows",
     "glu",
     "grouped_mm",
+    "info_nce",
     "moe_jitter",
     "moe_permute",
     "moe_route",
@@ -43,6 +45,7 @@ __all__ = [
     "rotary",
     "scatter_rows",
     "select_patches",
+    "siglip",
     "sort_choices",
     "unfold_patches",
     "varlen_attn",
