@@ -39,6 +39,7 @@ BENCHES = (
     "glu",
     "grouped_mm",
     "packed_linear",
+    "rank_loss",
 )
 
 
