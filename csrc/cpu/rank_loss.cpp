@@ -7,10 +7,11 @@
 //
 //   forward   a task takes 192 rows along a stripe. A row's running maximum and sum are the task's
 //             own; a column's are those of each task, put together after the stripe.
-//   backward  products again, block by block of 960 x 960, whose gradients G (3.7 MB) then serve
-//             two products: da += G b (192 rows a task) and db += G^T a (192 columns a task).
-//             Along a stripe db is complete, so its fp32 sums are a stripe's; those of da are da
-//             itself in float32, and a copy of it in float32 otherwise.
+//   backward  products again, block by block of 960 x 960, whose gradients G (3.7 MB, held in
+//   slices
+//             of 96 columns) then serve two products: da += G b (192 rows a task) and db += G^T a
+//             (192 columns a task). Along a stripe db is complete, so its fp32 sums are a stripe's;
+//             those of da are da itself in float32, and a copy of it in float32 otherwise.
 //
 // 8 B M D operations in both passes, against 6 where the logits are kept. Every sum is owned by one
 // task and goes over blocks in order: results do not depend on the number of threads.
@@ -26,8 +27,7 @@ namespace {
 constexpr int64_t kSide = 960;   // of a stripe and of a block of G: five chunks
 constexpr int64_t kPiece = 320;  // columns of a task where a stripe is shared
 constexpr int64_t kPieces = kSide / kPiece, kChunks = kSide / kChunk;
-constexpr int64_t kSpan = 256;               // channels of a gradient's task
-constexpr int64_t kGradStride = kSide + 16;  // rows a multiple of 4 KiB apart would share L1 sets
+constexpr int64_t kSpan = 256;  // channels of a gradient's task
 
 struct Carver {
   float* next;
@@ -181,8 +181,8 @@ int64_t bwd_bytes(const RankProblem& q, int threads) {
   const int64_t width = round_up(q.D, kPanel);
   const int64_t packed = Panels::floats(q.D, kSide) + 2 * Panels::floats(kSide, q.D);
   const int64_t sums = kSide * width + round_up(q.B, kShortTileRows) * width;
-  const int64_t floats = packed + kSide * kGradStride + sums + threads * bwd_slot_floats(q) +
-                         (threads + 8) * kMaxLanes;
+  const int64_t floats =
+      packed + kSide * kSide + sums + threads * bwd_slot_floats(q) + (threads + 8) * kMaxLanes;
   return floats * static_cast<int64_t>(sizeof(float)) +
          kChunks * kPieces * 2 * static_cast<int64_t>(sizeof(double));
 }
@@ -202,7 +202,7 @@ class Backward {
     stripe_.data = c.take(Panels::floats(q_.D, kSide));
     b_terms_.data = c.take(Panels::floats(kSide, q_.D));
     a_terms_.data = c.take(Panels::floats(kSide, q_.D));
-    grads_ = c.take(kSide * kGradStride);
+    grads_ = c.take(kSide * kSide);
     db_sums_ = c.take(kSide * width_);
     partials_ = reinterpret_cast<double*>(c.take(kChunks * kPieces * 4));
     a_in_place_ = sums_in_place(p.da, q_.B, q_.D);
@@ -225,6 +225,11 @@ class Backward {
   }
 
  private:
+  // G in slices of kTerms columns, each the left operand of a product as it lies.
+  float* grad_at(int64_t row, int64_t column) const {
+    return grads_ + (column / kTerms * kSide + row) * kTerms + column % kTerms;
+  }
+
   float* slot(int index) const { return slots_ + index * round_up(bwd_slot_floats(q_), kMaxLanes); }
 
   void pack_stripe(int64_t column, int64_t n) {
@@ -286,7 +291,7 @@ class Backward {
       multiply_panel(left, rows, stripe_, (piece + j) / kPanel, q_.D, s);
       PanelGrad<kLoss> grad(p_, column + piece + j, smaller(kPanel, n - j));
       for (int64_t i = 0; i < rows; ++i) {
-        grad.run(row + chunk + i, s + i * kPanel, grads_ + (chunk + i) * kGradStride + piece + j);
+        grad.run(row + chunk + i, s + i * kPanel, grad_at(chunk + i, piece + j));
       }
       grad.take(sums[0], sums[1]);
     }
@@ -296,12 +301,12 @@ class Backward {
   void add_to_da(int64_t row, int64_t rows, int64_t chunk, int64_t n, int64_t span, bool more) {
     const int count = static_cast<int>(round_up(smaller(kChunk, rows - chunk), kShortTileRows));
     for (int64_t j = 0; j < n; j += kTerms) {
-      const float* g = grads_ + chunk * kGradStride + j;
+      const float* g = grad_at(chunk, j);
       for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
-        gemm_rows<DotF32, 2, kGradStride, 1>(g, count, b_terms_.at(j / kTerms, d / kPanel), kPanel,
-                                             static_cast<int>(smaller(kTerms, n - j)),
-                                             da_sums_ + (row + chunk) * width_ + d,
-                                             static_cast<int>(width_), more || j > 0);
+        gemm_rows<DotF32, 2, kTerms, 1>(g, count, b_terms_.at(j / kTerms, d / kPanel), kPanel,
+                                        static_cast<int>(smaller(kTerms, n - j)),
+                                        da_sums_ + (row + chunk) * width_ + d,
+                                        static_cast<int>(width_), more || j > 0);
       }
     }
   }
@@ -312,9 +317,11 @@ class Backward {
     const int count = static_cast<int>(round_up(columns, kShortTileRows));
     for (int64_t i = 0; i < rows; i += kTerms) {
       const int64_t terms = smaller(kTerms, rows - i);
-      pack_across<FloatWord<DType::kFloat32>, kChunk>(
-          reinterpret_cast<const char*>(grads_ + i * kGradStride + chunk), 4 * kGradStride, terms,
-          columns, turned);
+      for (int64_t j = 0; j < columns; j += kTerms) {
+        pack_across<FloatWord<DType::kFloat32>, kChunk>(
+            reinterpret_cast<const char*>(grad_at(i, chunk + j)), 4 * kTerms, terms,
+            smaller(kTerms, columns - j), turned + j);
+      }
       for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
         gemm_rows<DotF32, 2, 1, kChunk>(turned, count, a_terms_.at(i / kTerms, d / kPanel), kPanel,
                                         static_cast<int>(terms), db_sums_ + chunk * width_ + d,

@@ -7,7 +7,7 @@ namespace encfast::ENCFAST_ISA {
 namespace {
 
 constexpr int64_t kPanel = kLanes;
-constexpr int64_t kTerms = 128;  // of a block of sums: half of L1 for a packed panel
+constexpr int64_t kTerms = 96;   // of a block of sums: its packed panel is 12 KiB of L1
 constexpr int64_t kChunk = 192;  // rows of a task; a multiple of every register tile's
 
 constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }

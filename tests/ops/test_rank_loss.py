@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fresh_python import run_under_isa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from row_cases import BF16, DTYPES, FP32, assert_same, for_thread_counts, name, results, rows
 
 from encfast import ops, ref
@@ -238,6 +240,27 @@ def test_bit_equal_for_any_thread_count(op, dtype):
     first, *others = for_thread_counts(lambda: results(loss, inputs, [torch.tensor(1.0)]))
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 230),
+    m=st.integers(1, 230),
+    d=st.integers(1, 140),
+    op=st.sampled_from(["info_nce", "siglip"]),
+    dtype=st.sampled_from([FP32, BF16]),
+    seed=st.integers(0, 2**31),
+)
+def test_fuzz(n, m, d, op, dtype, seed):
+    torch.manual_seed(seed)
+    inputs, positives = features((n, m, d), dtype, scale=5.0), some_positives((n, m), seed)
+    options = {"positives": positives, "reduction": "sum"}
+    got = results(functools.partial(getattr(ops, op), **options), inputs, [torch.tensor(1.0)])
+    wide = {k: v.double() for k, v in inputs.items()}
+    want = results(functools.partial(getattr(ref, op), **options), wide, [torch.tensor(1.0)])
+    for key, value in got.items():
+        limit = 2e-2 if value.dtype == BF16 else 1e-5
+        assert (value - want[key]).abs().max() <= limit * max(1.0, want[key].abs().max()), key
 
 
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")

@@ -265,3 +265,15 @@ def test_peak_memory_holds_no_matrix_of_logits(op, dtype):
     logits = n * n * 4 / 1024
     print(f"{kib} KiB, of which gradients {grads:.0f}; logits would be {logits:.0f}")
     assert kib < grads + 12 * 1024 < logits / 8
+
+
+@pytest.mark.slow
+@pytest.mark.host
+@pytest.mark.skipif(not NATIVE, reason="the reference holds all logits")
+def test_peak_memory_of_32768_pairs():
+    """Their logits would take 4 GiB; the target is 64 MiB above features and their gradients."""
+    n, d = 32768, 512
+    kib = int(python("-c", PEAK.format(op="info_nce", n=n, d=d, dtype="float32")).split()[-1])
+    above = kib / 1024 - 2 * n * d * 4 / 2**20
+    print(f"{above:.1f} MiB above features and their gradients")
+    assert above < 64
