@@ -41,6 +41,7 @@ BENCHES = (
     "seg_pool",
     "moe",
     "packed_linear",
+    "rank_loss",
 )
 
 

@@ -152,6 +152,14 @@ def _mixture(dtype: str) -> tuple[Target, ...]:
     )
 
 
+def _info_nce(dtype: str, must: float, stretch: float) -> tuple[Target, ...]:
+    spec, bars = f"rank_loss/info_nce-B4096-D512-fwd+bwd-{dtype}", {"plain": (must, stretch)}
+    return tuple(
+        Target(f"InfoNCE {dtype}, B=4096", spec, ("encfast",), (peer,), *bar)
+        for peer, bar in (bars | {"tiled": (1.1, 1.3)}).items()
+    )
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -220,6 +228,8 @@ TARGETS: tuple[Target, ...] = (
     _grouped("bf16"),
     *_mixture("fp32"),
     *_mixture("bf16"),
+    *_info_nce("fp32", 1.45, 1.65),
+    *_info_nce("bf16", 2.1, 2.5),
     *(
         t
         for phase in ("fwd", "fwd+bwd")

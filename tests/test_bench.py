@@ -79,8 +79,9 @@ def test_names_are_unique_and_pairs_exist(suite):
 def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
-    assert in_quick == {"minilm", "training", "mae", *OPS}
-    assert in_full == {"bert-base", "moe", "vivit", *in_quick}
+    slow = {"rank_loss"}  # calls of a second
+    assert in_quick == {"minilm", "training", "mae", *OPS} - slow
+    assert in_full == {"bert-base", "moe", "vivit", *in_quick, *slow}
     assert len(full) > len(quick)
 
 

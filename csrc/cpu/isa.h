@@ -11,6 +11,7 @@
 #include "packed_linear.h"
 #include "pad.h"
 #include "patch_gather.h"
+#include "rank_loss.h"
 #include "rotary.h"
 #include "seg_pool.h"
 #include "varlen_attn.h"
@@ -30,6 +31,7 @@
   X(PackedLinear, packed_linear) \
   X(Pad, pad)                    \
   X(PatchGather, patch_gather)   \
+  X(RankLoss, rank_loss)         \
   X(Rotary, rotary)              \
   X(SegPool, seg_pool)           \
   X(VarlenAttn, varlen_attn)

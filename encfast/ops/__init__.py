@@ -16,6 +16,7 @@ from .patch_gather import (
     restore_rows,
     select_patches,
 )
+from .rank_loss import info_nce, siglip
 from .rotary import rotary, rotary_qk
 from .seg_pool import seg_pool
 from .varlen_attn import varlen_attn
@@ -31,6 +32,7 @@ OPS = (
     "moe_route",
     "grouped_mm",
     "seg_pool",
+    "rank_loss",
 )
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "gather_rows",
     "glu",
     "grouped_mm",
+    "info_nce",
     "jitter_rows",
     "masked_norm",
     "pack_linear",
@@ -59,6 +62,7 @@ __all__ = [
     "seg_pool",
     "select_patches",
     "select_rows",
+    "siglip",
     "sort_choices",
     "unpad",
     "unpermute_rows",

@@ -22,6 +22,7 @@ from .patch_gather import (
     select_patches,
     unfold_patches,
 )
+from .rank_loss import info_nce, siglip
 from .rotary import rotary
 from .seg_pool import seg_pool
 from .varlen_attn import varlen_attn
@@ -34,6 +35,7 @@ __all__ = [
     "gather_rows",
     "glu",
     "grouped_mm",
+    "info_nce",
     "moe_jitter",
     "moe_permute",
     "moe_route",
@@ -45,6 +47,7 @@ __all__ = [
     "scatter_rows",
     "seg_pool",
     "select_patches",
+    "siglip",
     "sort_choices",
     "unfold_patches",
     "varlen_attn",

@@ -96,6 +96,19 @@ def check_grouped_mm():
     )
 
 
+def check_rank_loss():
+    positives = torch.randint(-1, 50, (40,))
+    inputs = {"a": torch.randn(40, 30), "b": torch.randn(50, 30), "logit_scale": torch.tensor(2.0)}
+    for loss in ("info_nce", "siglip"):
+        check(
+            "rank_loss",
+            lambda loss=loss, **a: getattr(ops, loss)(**a, positives=positives),
+            lambda loss=loss, **a: getattr(ref, loss)(**a, positives=positives),
+            inputs,
+            (),
+        )
+
+
 def check_packed_linear():
     """Inference only: it has no backward."""
     assert ops.backends("packed_linear")["cpu"] == "native"

@@ -1,0 +1,367 @@
+// Losses over all pairs of rows of a and b. The [B, M] logits exist one block at a time.
+//
+//                    stripe: 960 rows of b, packed once, shared by all threads
+//                  +--------+--------+---+
+//       192 rows   | panel  | panel  |   |   products in fp32 (gemm_tile.h), then, in L1, what the
+//       of a       +--------+--------+---+   loss makes of them (rank_tile.h)
+//
+//   forward   a task takes 192 rows along a stripe. A row's running maximum and sum are the task's
+//             own; a column's are those of each task, put together after the stripe.
+//   backward  products again, block by block of 960 x 960, whose gradients G (3.7 MB, held in
+//   slices
+//             of 96 columns) then serve two products: da += G b (192 rows a task) and db += G^T a
+//             (192 columns a task). Along a stripe db is complete, so its fp32 sums are a stripe's;
+//             those of da are da itself in float32, and a copy of it in float32 otherwise.
+//
+// 8 B M D operations in both passes, against 6 where the logits are kept. Every sum is owned by one
+// task and goes over blocks in order: results do not depend on the number of threads.
+#include "rank_loss.h"
+
+#include "isa.h"
+#include "rank_pack.h"
+#include "rank_tile.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+constexpr int64_t kSide = 960;   // of a stripe and of a block of G: five chunks
+constexpr int64_t kPiece = 320;  // columns of a task where a stripe is shared
+constexpr int64_t kPieces = kSide / kPiece, kChunks = kSide / kChunk;
+constexpr int64_t kSpan = 256;  // channels of a gradient's task
+
+struct Carver {
+  float* next;
+  float* take(int64_t floats) {
+    float* taken = next;
+    next += round_up(floats, kMaxLanes);
+    return taken;
+  }
+};
+
+template <class F>
+void run_tasks(const Pool& pool, int64_t n, F f) {
+  pool.run(
+      pool.self, n, [](int64_t task, int slot, void* ctx) { (*static_cast<F*>(ctx))(task, slot); },
+      &f);
+}
+
+// ---- Forward ----
+
+int64_t fwd_slot_floats(const RankProblem& q) { return left_floats(q.D) + kChunk * kPiece; }
+
+int64_t fwd_bytes(const RankProblem& q, int threads) {
+  const int64_t columns = q.loss == RankLoss::kBoth ? 2 * parts(q.B, kChunk) * kSide : 0;
+  const int64_t floats = Panels::floats(q.D, kSide) + columns + q.B + threads * fwd_slot_floats(q) +
+                         (threads + 3) * kMaxLanes;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+template <DType kT>
+class Forward {
+ public:
+  Forward(const RankFwdParams& p, const Pool& pool)
+      : p_(p), q_(p.q), pool_(pool), stripe_(nullptr, kSide) {
+    Carver c{static_cast<float*>(p.workspace)};
+    stripe_.data = c.take(Panels::floats(q_.D, kSide));
+    totals_ = c.take(q_.B);
+    if (q_.loss == RankLoss::kBoth) {
+      col_largest_ = c.take(parts(q_.B, kChunk) * kSide);
+      col_sums_ = c.take(parts(q_.B, kChunk) * kSide);
+    }
+    slots_ = c.take(0);
+  }
+
+  void run() {
+    for (int64_t i = 0; i < q_.B; ++i) {
+      p_.positive[i] = p_.row_loss[i] = totals_[i] = 0;
+      if (q_.loss != RankLoss::kSigmoid) p_.rows.largest[i] = -kInf;
+    }
+    for (int64_t column = 0; column < q_.M; column += kSide) run_stripe(column);
+    if (q_.loss != RankLoss::kSigmoid) finish();
+  }
+
+ private:
+  void run_stripe(int64_t column) {
+    const int64_t n = smaller(kSide, q_.M - column);
+    const RowSpan<kT> b{q_.b, column, n, q_.D};
+    run_tasks(pool_, parts(n, kPanel),
+              [&](int64_t panel, int) { b.pack_transposed_panel(panel, stripe_); });
+    run_tasks(pool_, parts(q_.B, kChunk), [&](int64_t chunk, int slot) {
+      run_chunk(chunk, column, n, slots_ + slot * round_up(fwd_slot_floats(q_), kMaxLanes));
+    });
+    if (q_.loss == RankLoss::kBoth) {
+      run_tasks(pool_, parts(n, kPanel),
+                [&](int64_t panel, int) { join_columns(column, panel * kPanel, n); });
+    }
+  }
+
+  void run_chunk(int64_t chunk, int64_t column, int64_t n, float* left) {
+    const int64_t row = chunk * kChunk, rows = smaller(kChunk, q_.B - row);
+    float* x = left + left_floats(q_.D);
+    RowSpan<kT>{q_.a, row, rows, q_.D}.pack_left(left);
+    for (int64_t from = 0; from < n; from += kPiece) {
+      const int64_t width = smaller(kPiece, n - from);
+      for (int64_t j = 0; j < width; j += kPanel) {
+        float* panel = x + j * kChunk;
+        multiply_panel(left, rows, stripe_, (from + j) / kPanel, q_.D, panel);
+        to_logits(panel, rows, width - j, q_.scale, q_.bias);
+        if (q_.loss == RankLoss::kBoth) {
+          const int64_t at = chunk * kSide + from + j;
+          column_sums(panel, rows, col_largest_ + at, col_sums_ + at);
+        }
+      }
+      add_rows(row, rows, column + from, width, x);
+    }
+  }
+
+  // Columns [column, column + n) of rows that lie in panels of kChunk rows.
+  void add_rows(int64_t row, int64_t rows, int64_t column, int64_t n, const float* x) {
+    for (int64_t i = 0; i < rows; ++i, ++row) {
+      const RowOfPanels logits{x + i * kPanel, kChunk * kPanel, parts(n, kPanel)};
+      const int64_t positive = q_.positives[row] - column;
+      const bool here = positive >= 0 && positive < n;
+      if (here) {
+        p_.positive[row] = logits.x[positive / kPanel * logits.distance + positive % kPanel];
+      }
+      if (q_.loss == RankLoss::kSigmoid) {
+        p_.row_loss[row] += softplus_row(logits, here ? positive : -1);
+      } else {
+        add_to_row(logits, p_.rows.largest[row], totals_[row]);
+      }
+    }
+  }
+
+  // The sums of all chunks for one panel of a stripe.
+  void join_columns(int64_t column, int64_t from, int64_t n) {
+    for (int64_t j = from; j < smaller(from + kPanel, n); j += kW) {
+      const int64_t chunks = parts(q_.B, kChunk);
+      Vec m = load(col_largest_ + j), l = zeros();
+      for (int64_t c = 1; c < chunks; ++c) m = max(m, load(col_largest_ + c * kSide + j));
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t at = c * kSide + j;
+        l = fma(load(col_sums_ + at), exp(load(col_largest_ + at) - m), l);
+      }
+      const int count = static_cast<int>(smaller(kW, n - j));
+      store_partial_as<DType::kFloat32>(p_.columns.largest + column + j, m, count);
+      store_partial_as<DType::kFloat32>(p_.columns.log + column + j, log(l), count);
+    }
+  }
+
+  void finish() {
+    const bool both = q_.loss == RankLoss::kBoth;
+    for (int64_t i = 0; i < q_.B; ++i) {
+      p_.rows.log[i] = log(splat(totals_[i]))[0];
+      const int64_t t = q_.positives[i];
+      const float x = p_.positive[i];
+      if (t >= 0) p_.row_loss[i] = (p_.rows.largest[i] - x) + p_.rows.log[i];
+      if (both) p_.col_loss[i] = t < 0 ? 0 : (p_.columns.largest[t] - x) + p_.columns.log[t];
+    }
+  }
+
+  const RankFwdParams& p_;
+  const RankProblem& q_;
+  const Pool& pool_;
+  Panels stripe_;
+  float *totals_, *slots_, *col_largest_ = nullptr, *col_sums_ = nullptr;
+};
+
+// ---- Backward ----
+
+// Where fp32 sums of a gradient are held: the gradient itself where whole tiles fit into it.
+bool sums_in_place(const Matrix& grad, int64_t rows, int64_t D) {
+  return grad.dtype == DType::kFloat32 && rows % kShortTileRows == 0 && D % kPanel == 0;
+}
+
+int64_t bwd_slot_floats(const RankProblem& q) {
+  const int64_t logits = left_floats(q.D) + kChunk * kPanel, turned = kTerms * kChunk;
+  return logits > turned ? logits : turned;
+}
+
+int64_t bwd_bytes(const RankProblem& q, int threads) {
+  const int64_t width = round_up(q.D, kPanel);
+  const int64_t packed = Panels::floats(q.D, kSide) + 2 * Panels::floats(kSide, q.D);
+  const int64_t sums = kSide * width + round_up(q.B, kShortTileRows) * width;
+  const int64_t floats =
+      packed + kSide * kSide + sums + threads * bwd_slot_floats(q) + (threads + 8) * kMaxLanes;
+  return floats * static_cast<int64_t>(sizeof(float)) +
+         kChunks * kPieces * 2 * static_cast<int64_t>(sizeof(double));
+}
+
+template <DType kT>
+class Backward {
+ public:
+  Backward(const RankBwdParams& p, const Pool& pool)
+      : p_(p),
+        q_(p.q),
+        pool_(pool),
+        width_(round_up(p.q.D, kPanel)),
+        stripe_(nullptr, kSide),
+        b_terms_(nullptr, p.q.D),
+        a_terms_(nullptr, p.q.D) {
+    Carver c{static_cast<float*>(p.workspace)};
+    stripe_.data = c.take(Panels::floats(q_.D, kSide));
+    b_terms_.data = c.take(Panels::floats(kSide, q_.D));
+    a_terms_.data = c.take(Panels::floats(kSide, q_.D));
+    grads_ = c.take(kSide * kSide);
+    db_sums_ = c.take(kSide * width_);
+    partials_ = reinterpret_cast<double*>(c.take(kChunks * kPieces * 4));
+    a_in_place_ = sums_in_place(p.da, q_.B, q_.D);
+    da_sums_ = a_in_place_ ? static_cast<float*>(p.da.data)
+                           : c.take(round_up(q_.B, kShortTileRows) * width_);
+    slots_ = c.take(0);
+  }
+
+  void run() {
+    *p_.dscale = *p_.dbias = 0;
+    for (int64_t column = 0; column < q_.M; column += kSide) {
+      const int64_t n = smaller(kSide, q_.M - column);
+      pack_stripe(column, n);
+      for (int64_t row = 0; row < q_.B; row += kSide) {
+        run_block(row, smaller(kSide, q_.B - row), column, n);
+      }
+      if (p_.db.data) write(db_sums_, p_.db, column, n);
+    }
+    if (p_.da.data && !a_in_place_) write(da_sums_, p_.da, 0, q_.B);
+  }
+
+ private:
+  // G in slices of kTerms columns, each the left operand of a product as it lies.
+  float* grad_at(int64_t row, int64_t column) const {
+    return grads_ + (column / kTerms * kSide + row) * kTerms + column % kTerms;
+  }
+
+  float* slot(int index) const { return slots_ + index * round_up(bwd_slot_floats(q_), kMaxLanes); }
+
+  void pack_stripe(int64_t column, int64_t n) {
+    const RowSpan<kT> b{q_.b, column, n, q_.D};
+    const int64_t panels = parts(n, kPanel), blocks = p_.da.data ? parts(n, kTerms) : 0;
+    run_tasks(pool_, panels + blocks, [&](int64_t task, int) {
+      if (task < panels) return b.pack_transposed_panel(task, stripe_);
+      b.pack_terms(task - panels, b_terms_);
+    });
+  }
+
+  void run_block(int64_t row, int64_t rows, int64_t column, int64_t n) {
+    const RowSpan<kT> a{q_.a, row, rows, q_.D};
+    const int64_t pieces = parts(n, kPiece), logits = parts(rows, kChunk) * pieces;
+    const int64_t blocks = p_.db.data ? parts(rows, kTerms) : 0;
+    run_tasks(pool_, logits + blocks, [&](int64_t task, int index) {
+      if (task >= logits) return a.pack_terms(task - logits, a_terms_);
+      const int64_t chunk = task / pieces * kChunk, piece = task % pieces * kPiece;
+      partials_[2 * task] = partials_[2 * task + 1] = 0;
+      with_loss(a, row, chunk, column, piece, smaller(kPiece, n - piece), slot(index),
+                partials_ + 2 * task);
+    });
+    for (int64_t task = 0; task < logits; ++task) {
+      *p_.dscale += partials_[2 * task];
+      *p_.dbias += partials_[2 * task + 1];
+    }
+    const int64_t spans = parts(q_.D, kSpan);
+    const int64_t of_a = p_.da.data ? parts(rows, kChunk) * spans : 0;
+    const int64_t of_b = p_.db.data ? parts(n, kChunk) * spans : 0;
+    run_tasks(pool_, of_a + of_b, [&](int64_t task, int index) {
+      const bool for_a = task < of_a;
+      if (!for_a) task -= of_a;
+      const int64_t chunk = task / spans * kChunk, span = task % spans * kSpan;
+      if (for_a) return add_to_da(row, rows, chunk, n, span, column > 0);
+      add_to_db(rows, chunk, n, span, row > 0, slot(index));
+    });
+  }
+
+  void with_loss(const RowSpan<kT>& a, int64_t row, int64_t chunk, int64_t column, int64_t piece,
+                 int64_t n, float* left, double* sums) {
+    switch (q_.loss) {
+      case RankLoss::kRows:
+        return logit_grads<RankLoss::kRows>(a, row, chunk, column, piece, n, left, sums);
+      case RankLoss::kBoth:
+        return logit_grads<RankLoss::kBoth>(a, row, chunk, column, piece, n, left, sums);
+      case RankLoss::kSigmoid:
+        return logit_grads<RankLoss::kSigmoid>(a, row, chunk, column, piece, n, left, sums);
+    }
+  }
+
+  // Rows [chunk, +kChunk) and columns [piece, piece + n) of the block at (row, column).
+  template <RankLoss kLoss>
+  void logit_grads(const RowSpan<kT>& a, int64_t row, int64_t chunk, int64_t column, int64_t piece,
+                   int64_t n, float* left, double* sums) {
+    const int64_t rows = smaller(kChunk, a.n - chunk);
+    float* s = left + left_floats(q_.D);
+    RowSpan<kT>{q_.a, row + chunk, rows, q_.D}.pack_left(left);
+    for (int64_t j = 0; j < n; j += kPanel) {
+      multiply_panel(left, rows, stripe_, (piece + j) / kPanel, q_.D, s);
+      PanelGrad<kLoss> grad(p_, column + piece + j, smaller(kPanel, n - j));
+      for (int64_t i = 0; i < rows; ++i) {
+        grad.run(row + chunk + i, s + i * kPanel, grad_at(chunk + i, piece + j));
+      }
+      grad.take(sums[0], sums[1]);
+    }
+  }
+
+  // da of rows [chunk, +kChunk) of the block, channels [span, +kSpan): G b over n columns.
+  void add_to_da(int64_t row, int64_t rows, int64_t chunk, int64_t n, int64_t span, bool more) {
+    const int count = static_cast<int>(round_up(smaller(kChunk, rows - chunk), kShortTileRows));
+    for (int64_t j = 0; j < n; j += kTerms) {
+      const float* g = grad_at(chunk, j);
+      for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
+        gemm_rows<DotF32, 2, kTerms, 1>(g, count, b_terms_.at(j / kTerms, d / kPanel), kPanel,
+                                        static_cast<int>(smaller(kTerms, n - j)),
+                                        da_sums_ + (row + chunk) * width_ + d,
+                                        static_cast<int>(width_), more || j > 0);
+      }
+    }
+  }
+
+  // db of columns [chunk, +kChunk) of the block: G^T a over its rows.
+  void add_to_db(int64_t rows, int64_t chunk, int64_t n, int64_t span, bool more, float* turned) {
+    const int64_t columns = smaller(kChunk, n - chunk);
+    const int count = static_cast<int>(round_up(columns, kShortTileRows));
+    for (int64_t i = 0; i < rows; i += kTerms) {
+      const int64_t terms = smaller(kTerms, rows - i);
+      for (int64_t j = 0; j < columns; j += kTerms) {
+        pack_across<FloatWord<DType::kFloat32>, kChunk>(
+            reinterpret_cast<const char*>(grad_at(i, chunk + j)), 4 * kTerms, terms,
+            smaller(kTerms, columns - j), turned + j);
+      }
+      for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
+        gemm_rows<DotF32, 2, 1, kChunk>(turned, count, a_terms_.at(i / kTerms, d / kPanel), kPanel,
+                                        static_cast<int>(terms), db_sums_ + chunk * width_ + d,
+                                        static_cast<int>(width_), more || i > 0);
+      }
+    }
+  }
+
+  void write(const float* sums, const Matrix& grad, int64_t row, int64_t n) {
+    run_tasks(pool_, parts(n, kChunk), [&](int64_t chunk, int) {
+      for (int64_t i = chunk * kChunk; i < smaller((chunk + 1) * kChunk, n); ++i) {
+        char* out = row_of<kT>(grad, row + i);
+        const float* from = sums + i * width_;
+        for_columns(q_.D, [&](auto at, int) ENCFAST_INLINE_LAMBDA {
+          store_at<kT>(out, at, load_at<DType::kFloat32>(from, at));
+        });
+      }
+    });
+  }
+
+  const RankBwdParams& p_;
+  const RankProblem& q_;
+  const Pool& pool_;
+  const int64_t width_;
+  Panels stripe_, b_terms_, a_terms_;
+  float *grads_, *db_sums_, *da_sums_, *slots_;
+  double* partials_;
+  bool a_in_place_;
+};
+
+void fwd(const RankFwdParams& p, const Pool& pool) {
+  with_dtype(p.q.a.dtype, [&](auto tag) { Forward<decltype(tag)::value>(p, pool).run(); });
+}
+
+void bwd(const RankBwdParams& p, const Pool& pool) {
+  with_dtype(p.q.a.dtype, [&](auto tag) { Backward<decltype(tag)::value>(p, pool).run(); });
+}
+
+}  // namespace
+
+extern const RankLossKernels kRankLoss = {fwd_bytes, bwd_bytes, fwd, bwd};
+
+}  // namespace encfast::ENCFAST_ISA

@@ -1,0 +1,79 @@
+// Rows of features as the packed operands of the products of rank_loss.
+#pragma once
+#include "columns.h"
+#include "gemm_pack.h"
+
+namespace encfast::ENCFAST_ISA {
+namespace {
+
+constexpr int64_t kPanel = kLanes;
+constexpr int64_t kTerms = 96;   // of a block of sums: its packed panel is 12 KiB of L1
+constexpr int64_t kChunk = 192;  // rows of a task; a multiple of every register tile's
+
+constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// One block of terms after another, in each the panels of `width` columns.
+struct Panels {
+  float* data;
+  int64_t count;  // panels of a block
+
+  Panels(float* at, int64_t width) : data(at), count(parts(width, kPanel)) {}
+  float* at(int64_t block, int64_t panel) const {
+    return data + (block * count + panel) * kTerms * kPanel;
+  }
+  static int64_t floats(int64_t terms, int64_t width) {
+    return parts(terms, kTerms) * parts(width, kPanel) * kTerms * kPanel;
+  }
+};
+
+// Consecutive rows of a matrix.
+template <DType kT>
+struct RowSpan {
+  const ConstMatrix& m;
+  int64_t first, n, D;
+
+  int64_t stride() const { return m.row_stride * element_bytes(kT); }
+  const char* at(int64_t row, int64_t column) const {
+    return row_of<kT>(m, first + row) + column * element_bytes(kT);
+  }
+
+  // Panel `panel` of rows side by side: the channels are the terms.
+  void pack_transposed_panel(int64_t panel, const Panels& dst) const {
+    const int64_t row = panel * kPanel, rows = smaller(kPanel, n - row);
+    for (int64_t d = 0; d < D; d += kTerms) {
+      pack_transposed<FloatWord<kT>>(at(row, d), stride(), rows, D - d, smaller(kTerms, D - d),
+                                     dst.at(d / kTerms, panel));
+    }
+  }
+
+  // Block `block` of rows, which are the terms, one panel of channels after another.
+  void pack_terms(int64_t block, const Panels& dst) const {
+    const int64_t row = block * kTerms, rows = smaller(kTerms, n - row);
+    for (int64_t d = 0; d < D; d += kPanel) {
+      pack_across<FloatWord<kT>, kPanel>(at(row, d), stride(), rows, smaller(kPanel, D - d),
+                                         dst.at(block, d / kPanel));
+    }
+  }
+
+  // Rows as the left operand, dst[block of channels][kChunk][kTerms].
+  void pack_left(float* dst) const {
+    for (int64_t d = 0; d < D; d += kTerms, dst += kChunk * kTerms) {
+      pack_along<FloatWord<kT>, kTerms>(at(0, d), stride(), n, D - d, smaller(kTerms, D - d), dst);
+    }
+  }
+};
+
+int64_t left_floats(int64_t D) { return parts(D, kTerms) * kChunk * kTerms; }
+
+// A panel of products of packed rows, c[rows][kPanel].
+void multiply_panel(const float* left, int64_t rows, const Panels& right, int64_t panel, int64_t D,
+                    float* c) {
+  for (int64_t d = 0; d < D; d += kTerms, left += kChunk * kTerms) {
+    gemm_rows<DotF32, 2, kTerms, 1>(left, static_cast<int>(round_up(rows, kShortTileRows)),
+                                    right.at(d / kTerms, panel), kPanel,
+                                    static_cast<int>(smaller(kTerms, D - d)), c, kPanel, d > 0);
+  }
+}
+
+}  // namespace
+}  // namespace encfast::ENCFAST_ISA
