@@ -38,6 +38,7 @@ BENCHES = (
     "add_norm",
     "glu",
     "grouped_mm",
+    "linear_cross_entropy",
     "packed_linear",
 )
 

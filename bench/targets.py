@@ -133,6 +133,15 @@ def _grouped(dtype: str) -> Target:
     return Target(f"grouped_mm fwd+bwd E=64 {dtype}", spec, ours, peer, 1.2, 1.4)
 
 
+def _vocab_head(dtype: str) -> tuple[Target, ...]:
+    bars = {"logits of all tokens": (7.0, 9.0), "F.linear_cross_entropy": (1.0, 1.15)}
+    spec = f"linear_cross_entropy/mlm-N2048-V50368-C768-{dtype}"
+    return tuple(
+        Target(f"MLM head fwd+bwd {dtype}", spec, ("encfast",), (peer,), *bar)
+        for peer, bar in bars.items()
+    )
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -199,6 +208,8 @@ TARGETS: tuple[Target, ...] = (
     *_restores("N1568"),
     _grouped("fp32"),
     _grouped("bf16"),
+    *_vocab_head("fp32"),
+    *_vocab_head("bf16"),
     *(
         t
         for phase in ("fwd", "fwd+bwd")

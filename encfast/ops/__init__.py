@@ -5,6 +5,7 @@ import importlib
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear_cross_entropy import linear_cross_entropy
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
@@ -29,6 +30,7 @@ OPS = (
     "patch_gather",
     "moe_route",
     "grouped_mm",
+    "linear_cross_entropy",
 )
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "glu",
     "grouped_mm",
     "jitter_rows",
+    "linear_cross_entropy",
     "masked_norm",
     "pack_linear",
     "packed_linear",

@@ -6,6 +6,7 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear_cross_entropy import linear_cross_entropy
 from .moe_route import (
     moe_jitter,
     moe_permute,
@@ -33,6 +34,7 @@ __all__ = [
     "gather_rows",
     "glu",
     "grouped_mm",
+    "linear_cross_entropy",
     "moe_jitter",
     "moe_permute",
     "moe_route",

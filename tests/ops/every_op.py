@@ -96,6 +96,18 @@ def check_grouped_mm():
     )
 
 
+def check_linear_cross_entropy():
+    targets = torch.randint(0, 90, (40,)).where(torch.arange(40) % 3 > 0, -100)
+    inputs = {"x": torch.randn(40, 30), "weight": torch.randn(90, 30) / 4, "bias": torch.randn(90)}
+    check(
+        "linear_cross_entropy",
+        lambda **heads: ops.linear_cross_entropy(targets=targets, reduction="none", **heads),
+        lambda **heads: ref.linear_cross_entropy(targets=targets, **heads)[0],
+        inputs,
+        (40,),
+    )
+
+
 def check_packed_linear():
     """Inference only: it has no backward."""
     assert ops.backends("packed_linear")["cpu"] == "native"
