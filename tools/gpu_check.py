@@ -39,7 +39,7 @@ def why_not() -> str | None:
 
     if reason := info.why_no_device():
         return f"{reason}; PyTorch {torch.__version__} is installed here"
-    cpu_alone = ("packed_linear", "grouped_mm", "linear_cross_entropy")
+    cpu_alone = ("packed_linear", "grouped_mm", "linear_cross_entropy", "linear_kl")
     missing = {stem: ops.backends(stem)["cuda"] for stem in ops.OPS if stem not in cpu_alone}
     missing = {stem: who for stem, who in missing.items() if who.startswith("reference")}
     return "; ".join(f"{stem} is served by the {who}" for stem, who in missing.items()) or None

@@ -6,6 +6,7 @@ from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import linear_kl
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
@@ -31,6 +32,7 @@ OPS = (
     "moe_route",
     "grouped_mm",
     "linear_cross_entropy",
+    "linear_kl",
 )
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "grouped_mm",
     "jitter_rows",
     "linear_cross_entropy",
+    "linear_kl",
     "masked_norm",
     "pack_linear",
     "packed_linear",

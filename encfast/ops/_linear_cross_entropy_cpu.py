@@ -105,9 +105,10 @@ def part(bias: Tensor | None, columns: slice) -> Tensor | None:
 
 
 def _of_all_rows(dtaken: Tensor, taken: Tensor | slice, x: Tensor) -> Tensor:
+    dtaken = dtaken.to(x.dtype)
     if isinstance(taken, slice):
-        return dtaken.to(x.dtype)
-    return torch.ops.encfast.scatter_rows(dtaken, taken, x.shape[0]).to(x.dtype)
+        return dtaken
+    return torch.ops.encfast.scatter_rows(dtaken, taken, x.shape[0])
 
 
 def _coefficients(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Logits that the second pass need not compute again. With a slot, and gradients of some thousand
 # rows, a call stays within 25 MiB beside the gradient of the weight.
-KEPT_BYTES = 16 * 2**20
+KEPT_BYTES = 13 * 2**20
 SLOT_BYTES = 2 * 2**20  # stays in L2 or close to it
 # Fewer columns make the products inefficient, more columns no better.
 _LEAST_COLUMNS, _MOST_COLUMNS, _STEP = 512, 4096, 64
@@ -46,13 +46,23 @@ class VocabSlices:
         weight: [V, C].
         kept: float32, contiguous: memory for slices that stay, from the forward to the backward.
         dtype: of the products.
+        scale: of the logits.
+        columns: of a slice, where another head's slices must be as wide; chosen by default.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, kept: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        columns: int | None = None,
+    ) -> None:
         self.x = x.to(dtype)
-        self._weight = weight
+        self._weight, self._scale = weight, scale
         self._vocab, m = weight.shape[0], x.shape[0]
-        self._width = _columns_per_slice(m, x, weight, dtype)
+        self._width = columns or columns_per_slice(m, x.shape[1], weight.dtype, dtype)
         self._count = -(-self._vocab // self._width)
         self._kept = kept.view(dtype)
         columns_dropped = max(0, self._vocab - self._kept.numel() // m)
@@ -94,7 +104,10 @@ class VocabSlices:
         return self._weight[columns].to(self.x.dtype)
 
     def _multiply(self, j: int, weight: Tensor) -> Tensor:
-        return torch.mm(self.x, weight.mT, out=self._place(j))
+        place = self._place(j)
+        if self._scale == 1:
+            return torch.mm(self.x, weight.mT, out=place)
+        return torch.addmm(place, self.x, weight.mT, beta=0, alpha=self._scale, out=place)
 
     def _place(self, j: int) -> Tensor:
         columns, m = self._columns(j), self.x.shape[0]
@@ -112,10 +125,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, memory: Tensor) -> None:
         total.add_(torch.mm(a, b, out=memory))
 
 
-def _columns_per_slice(m: int, x: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
+def columns_per_slice(m: int, c: int, given: torch.dtype, dtype: torch.dtype) -> int:
+    """For m rows of c channels and a weight given in one dtype and multiplied in another."""
     most = _MOST_COLUMNS
-    if weight.dtype != dtype:
-        most = min(most, max(_COPY_BYTES // (4 * x.shape[1] + 1), _LEAST_COLUMNS))
+    if given != dtype:
+        most = min(most, max(_COPY_BYTES // (4 * c + 1), _LEAST_COLUMNS))
     fit = SLOT_BYTES // (m * dtype.itemsize)
     return min(max(fit, _LEAST_COLUMNS), most) // _STEP * _STEP
 

@@ -11,7 +11,7 @@ nothing, have loss 0 and gradient 0, and count for no mean. A mean over no rows,
 that are all 0, is 0 and so are its gradients (F.cross_entropy has NaN there). Finite where exp
 would overflow; -inf in the bias takes an entry out of the vocabulary, unless smoothing reads it.
 
-Memory. A slice of the vocabulary at a time; up to 16 MiB of logits stay for the backward, which
+Memory. A slice of the vocabulary at a time; up to 13 MiB of logits stay for the backward, which
 computes the others again. Beyond the gradients a call needs less than 25 MiB for up to a thousand
 rows, and for more about 2 KB a row.
 
@@ -139,17 +139,16 @@ def _check_rows(op: str, x: Tensor, targets: Tensor, rows: Tensor | None) -> Non
         )
 
 
-def check_weights(op: str, weights: Tensor | None, like: Tensor) -> None:
-    """Per-row weights like `like` [M], finite and not negative."""
+def check_weights(op: str, weights: Tensor | None, x: Tensor, m: int) -> None:
+    """One for each of m rows on the device of x, finite and not negative."""
     if weights is None:
         return
     check_tensor(op, "weights", weights, 1, "[M]")
     check_dtype(op, "weights", weights, *FLOAT_DTYPES)
-    check_device(op, "weights", weights, "x", like)
-    if weights.shape != like.shape:
+    check_device(op, "weights", weights, "x", x)
+    if weights.shape[0] != m:
         raise ValueError(
-            f"{op}: weights has shape {tuple(weights.shape)}, expected {tuple(like.shape)}, one "
-            "for each loss"
+            f"{op}: weights has shape {tuple(weights.shape)}, expected ({m},), one for each loss"
         )
     check_values(
         op,
@@ -318,7 +317,7 @@ def linear_cross_entropy(
     same. Gradients of x, weight, bias and weights; no atomics. Autocast casts nothing.
     """
     _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
-    check_weights("linear_cross_entropy", weights, targets)
+    check_weights("linear_cross_entropy", weights, x, targets.shape[0])
     check_reduction("linear_cross_entropy", reduction)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)

@@ -7,6 +7,7 @@ from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import linear_kl
 from .moe_route import (
     moe_jitter,
     moe_permute,
@@ -35,6 +36,7 @@ __all__ = [
     "glu",
     "grouped_mm",
     "linear_cross_entropy",
+    "linear_kl",
     "moe_jitter",
     "moe_permute",
     "moe_route",
