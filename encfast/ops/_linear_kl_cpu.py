@@ -94,8 +94,10 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         apart = teacher.biased(columns, of_teacher) - student.biased(columns, of_student)
         terms = (e * apart).where(e > 0, 0)  # 0 times an infinity is 0
         cross = cross * (before - stats[1, 0]).exp() + terms.sum(1)
-    lse = stats[:, 0] + stats[:, 1].log()
-    return lse[0] - lse[1] + cross / stats[1, 1], lse, kept
+    (largest, exps, _, _), (teacher_largest, teacher_exps, _, _) = stats
+    # The difference of two log-sum-exps, without the roundings of either.
+    apart = largest - teacher_largest + (exps / teacher_exps).log()
+    return apart + cross / teacher_exps, stats[:, 0] + stats[:, 1].log(), kept
 
 
 def backward(
