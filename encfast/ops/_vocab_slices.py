@@ -68,9 +68,10 @@ class VocabSlices:
         columns_dropped = max(0, self._vocab - self._kept.numel() // m)
         self._first_kept = -(-columns_dropped // self._width)
         self._slot = x.new_empty(m * min(self._width, self._vocab), dtype=dtype)
-        self._copy_of_grad = None
+        # Of the slice of the weight, and of its gradient, where they are not of that dtype.
+        self._copies = None
         if weight.dtype != dtype:
-            self._copy_of_grad = x.new_empty((self._width, x.shape[1]), dtype=dtype)
+            self._copies = x.new_empty((2, self._width, x.shape[1]), dtype=dtype)
 
     def forward(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, their logits [M, columns]) from left to right."""
@@ -81,7 +82,8 @@ class VocabSlices:
     def backward(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """(columns, logits, memory for their gradient, weight [columns, C]) from right to left.
 
-        The memory may be that of the logits; kept logits must not be written to.
+        The memory may be that of the logits; kept logits must not be written to. All but those are
+        valid until the next slice.
         """
         for j in reversed(range(self._count)):
             columns = self._columns(j)
@@ -92,16 +94,17 @@ class VocabSlices:
 
     def put_grad(self, dlogits: Tensor, dweight: Tensor) -> None:
         """dlogits^T x of a slice into its rows of the weight's gradient."""
-        if self._copy_of_grad is None:
+        if self._copies is None:
             torch.mm(dlogits.mT, self.x, out=dweight)
         else:
-            dweight.copy_(torch.mm(dlogits.mT, self.x, out=self._copy_of_grad[: len(dweight)]))
+            dweight.copy_(torch.mm(dlogits.mT, self.x, out=self._copies[1, : len(dweight)]))
 
     def _columns(self, j: int) -> slice:
         return slice(j * self._width, min((j + 1) * self._width, self._vocab))
 
     def _part_of_weight(self, columns: slice) -> Tensor:
-        return self._weight[columns].to(self.x.dtype)
+        weight = self._weight[columns]
+        return weight if self._copies is None else self._copies[0, : len(weight)].copy_(weight)
 
     def _multiply(self, j: int, weight: Tensor) -> Tensor:
         place = self._place(j)
