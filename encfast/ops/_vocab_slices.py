@@ -19,7 +19,7 @@ from torch import Tensor
 # Logits that the second pass need not compute again. With a slot, and gradients of some thousand
 # rows, a call stays within 25 MiB beside the gradient of the weight.
 KEPT_BYTES = 13 * 2**20
-SLOT_BYTES = 2 * 2**20  # stays in L2 or close to it
+SLOT_BYTES = 4 * 2**20  # wider slices make better products; half of it measured 1 % slower
 # Fewer columns make the products inefficient, more columns no better.
 _LEAST_COLUMNS, _MOST_COLUMNS, _STEP = 512, 4096, 64
 # Copies of a slice of the weight and of its gradient, where they are not of the dtype of the
