@@ -40,6 +40,7 @@ BENCHES = (
     "grouped_mm",
     "seg_pool",
     "moe",
+    "linear_cross_entropy",
     "packed_linear",
     "rank_loss",
 )

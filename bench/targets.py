@@ -160,6 +160,15 @@ def _info_nce(dtype: str, must: float, stretch: float) -> tuple[Target, ...]:
     )
 
 
+def _vocab_head(dtype: str) -> tuple[Target, ...]:
+    bars = {"logits of all tokens": (7.0, 9.0), "F.linear_cross_entropy": (1.0, 1.15)}
+    spec = f"linear_cross_entropy/mlm-N2048-V50368-C768-{dtype}"
+    return tuple(
+        Target(f"MLM head fwd+bwd {dtype}", spec, ("encfast",), (peer,), *bar)
+        for peer, bar in bars.items()
+    )
+
+
 _ALL_LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TARGETS: tuple[Target, ...] = (
     *_attention(
@@ -230,6 +239,8 @@ TARGETS: tuple[Target, ...] = (
     *_mixture("bf16"),
     *_info_nce("fp32", 1.45, 1.65),
     *_info_nce("bf16", 2.1, 2.5),
+    *_vocab_head("fp32"),
+    *_vocab_head("bf16"),
     *(
         t
         for phase in ("fwd", "fwd+bwd")

@@ -79,8 +79,9 @@ def test_names_are_unique_and_pairs_exist(suite):
 def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
-    slow = {"rank_loss"}  # calls of a second
-    assert in_quick == {"minilm", "training", "mae", *OPS} - slow
+    slow = {"linear_cross_entropy", "rank_loss"}  # seconds a call, most of them in the peers
+    same_core = {"linear_kl"}  # as linear_cross_entropy's
+    assert in_quick == {"minilm", "training", "mae", *OPS} - slow - same_core
     assert in_full == {"bert-base", "moe", "vivit", *in_quick, *slow}
     assert len(full) > len(quick)
 
@@ -214,7 +215,7 @@ def test_targets_name_benches_and_variants_of_the_full_suite():
     known = {s.name: {v.name for v in s.variants} for s in run.collect(harness.Setting("full"))}
     engine = {f"encfast engine {dtype}" for dtype in ("fp32", "bf16", "int8")}
     for target in targets.TARGETS:
-        assert 1 < target.must <= target.stretch, target
+        assert 1 <= target.must <= target.stretch, target
         assert set(target.ours) | set(target.peers) <= known[target.spec] | engine, target
 
 

@@ -7,6 +7,7 @@
 #include "add_norm.h"
 #include "glu.h"
 #include "grouped_mm.h"
+#include "linear_cross_entropy.h"
 #include "moe_route.h"
 #include "packed_linear.h"
 #include "pad.h"
@@ -23,17 +24,18 @@
 #endif
 
 // Each op: its kernels' type is <Op>Kernels, their name in an ISA's namespace k<Op>.
-#define ENCFAST_EACH_OP(X)       \
-  X(AddNorm, add_norm)           \
-  X(Glu, glu)                    \
-  X(GroupedMm, grouped_mm)       \
-  X(MoeRoute, moe_route)         \
-  X(PackedLinear, packed_linear) \
-  X(Pad, pad)                    \
-  X(PatchGather, patch_gather)   \
-  X(RankLoss, rank_loss)         \
-  X(Rotary, rotary)              \
-  X(SegPool, seg_pool)           \
+#define ENCFAST_EACH_OP(X)                    \
+  X(AddNorm, add_norm)                        \
+  X(Glu, glu)                                 \
+  X(GroupedMm, grouped_mm)                    \
+  X(LinearCrossEntropy, linear_cross_entropy) \
+  X(MoeRoute, moe_route)                      \
+  X(PackedLinear, packed_linear)              \
+  X(Pad, pad)                                 \
+  X(PatchGather, patch_gather)                \
+  X(RankLoss, rank_loss)                      \
+  X(Rotary, rotary)                           \
+  X(SegPool, seg_pool)                        \
   X(VarlenAttn, varlen_attn)
 
 namespace encfast {

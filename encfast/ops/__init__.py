@@ -5,6 +5,8 @@ import importlib
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import linear_kl
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
@@ -33,6 +35,8 @@ OPS = (
     "grouped_mm",
     "seg_pool",
     "rank_loss",
+    "linear_cross_entropy",
+    "linear_kl",
 )
 
 __all__ = [
@@ -49,6 +53,8 @@ __all__ = [
     "grouped_mm",
     "info_nce",
     "jitter_rows",
+    "linear_cross_entropy",
+    "linear_kl",
     "masked_norm",
     "pack_linear",
     "packed_linear",

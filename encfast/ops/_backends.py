@@ -159,6 +159,12 @@ def register_cuda(stem: str, op: str, reference: Callable) -> None:
             torch.library.impl(f"encfast::{op}", key, dispatch)
 
 
+def register_around(kernel: str, op: str, serve: Callable) -> None:
+    """Serves `op` on the CPU by `serve`, Python around `kernel`, where this build has that."""
+    if _has_kernel(kernel, "cpu"):
+        torch.library.impl(f"encfast::{op}", _KEYS["cpu"], serve)
+
+
 def compiled_kernel(op: str, key: str) -> Callable:
     """The kernel registered for this dispatch key now; it stays callable when overridden."""
     kernel = torch.library.get_kernel(f"encfast::{op}", key)

@@ -6,6 +6,8 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_kl import linear_kl
 from .moe_route import (
     moe_jitter,
     moe_permute,
@@ -36,6 +38,8 @@ __all__ = [
     "glu",
     "grouped_mm",
     "info_nce",
+    "linear_cross_entropy",
+    "linear_kl",
     "moe_jitter",
     "moe_permute",
     "moe_route",

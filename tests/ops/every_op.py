@@ -109,6 +109,37 @@ def check_rank_loss():
         )
 
 
+def check_linear_cross_entropy():
+    targets = torch.randint(0, 90, (40,)).where(torch.arange(40) % 3 > 0, -100)
+    inputs = {"x": torch.randn(40, 30), "weight": torch.randn(90, 30) / 4, "bias": torch.randn(90)}
+    check(
+        "linear_cross_entropy",
+        lambda **heads: ops.linear_cross_entropy(targets=targets, reduction="none", **heads),
+        lambda **heads: ref.linear_cross_entropy(targets=targets, **heads)[0],
+        inputs,
+        (40,),
+    )
+
+
+def check_linear_kl():
+    teacher_x, teacher_weight = torch.randn(40, 50), torch.randn(90, 50) / 5
+    inputs = {"x": torch.randn(40, 30), "weight": torch.randn(90, 30) / 4, "bias": torch.randn(90)}
+
+    def kl(op, **options):
+        return lambda x, weight, bias: op(
+            x, weight, teacher_x.to(x), teacher_weight.to(x), bias=bias, temperature=2.0, **options
+        )
+
+    reference = kl(ref.linear_kl)
+    check(
+        "linear_kl",
+        kl(ops.linear_kl, reduction="none"),
+        lambda **heads: reference(**heads)[0],
+        inputs,
+        (40,),
+    )
+
+
 def check_packed_linear():
     """Inference only: it has no backward."""
     assert ops.backends("packed_linear")["cpu"] == "native"

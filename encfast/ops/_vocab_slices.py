@@ -1,0 +1,141 @@
+"""Logits a slice of the vocabulary at a time: which slices there are, where they lie, products.
+
+              V
+      +------+------+------+------+
+   M  | slot | slot | kept | kept |    one slot for all slices that are computed and dropped;
+      +------+------+------+------+    the last ones stay, as many as fit into `KEPT_BYTES`
+
+The first pass goes from left to right, the second back again: it finds the last slices in memory
+and multiplies again for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Logits that the second pass need not compute again. With a slot, and gradients of some thousand
+# rows, a call stays within 25 MiB beside the gradient of the weight.
+KEPT_BYTES = 13 * 2**20
+SLOT_BYTES = 4 * 2**20  # wider slices make better products; half of it measured 1 % slower
+# Fewer columns make the products inefficient, more columns no better.
+_LEAST_COLUMNS, _MOST_COLUMNS, _STEP = 512, 4096, 64
+# Copies of a slice of the weight and of its gradient, where they are not of the dtype of the
+# products.
+_COPY_BYTES = 2 * 2**20
+
+
+def kept_floats(rows: int, vocab: int) -> int:
+    """Elements of the buffer of kept logits; `rows` and `vocab` may be symbols."""
+    return torch.sym_min(rows * vocab, KEPT_BYTES // 4)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of the operands of products on the CPU: bfloat16 only where instructions multiply it."""
+    multiplies = torch.ops.encfast.cpu_isa() in ("avx512bf16", "avx512amx")
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and multiplies else torch.float32
+
+
+class VocabSlices:
+    """Logits of some rows, before bias and softcap.
+
+    Args:
+        x: [M, C], M > 0.
+        weight: [V, C].
+        kept: float32, contiguous: memory for slices that stay, from the forward to the backward.
+        dtype: of the products.
+        scale: of the logits.
+        columns: of a slice, where another head's slices must be as wide; chosen by default.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        kept: Tensor,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        columns: int | None = None,
+    ) -> None:
+        self.x = x.to(dtype)
+        self._weight, self._scale = weight, scale
+        self._vocab, m = weight.shape[0], x.shape[0]
+        self._width = columns or columns_per_slice(m, x.shape[1], weight.dtype, dtype)
+        self._count = -(-self._vocab // self._width)
+        self._kept = kept.view(dtype)
+        columns_dropped = max(0, self._vocab - self._kept.numel() // m)
+        self._first_kept = -(-columns_dropped // self._width)
+        self._slot = x.new_empty(m * min(self._width, self._vocab), dtype=dtype)
+        # Of the slice of the weight, and of its gradient, where they are not of that dtype.
+        self._copies = None
+        if weight.dtype != dtype:
+            self._copies = x.new_empty((2, self._width, x.shape[1]), dtype=dtype)
+
+    def forward(self) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their logits [M, columns]) from left to right."""
+        for j in range(self._count):
+            columns = self._columns(j)
+            yield columns, self._multiply(j, self._part_of_weight(columns))
+
+    def backward(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(columns, logits, memory for their gradient, weight [columns, C]) from right to left.
+
+        The memory may be that of the logits; kept logits must not be written to. All but those are
+        valid until the next slice.
+        """
+        for j in reversed(range(self._count)):
+            columns = self._columns(j)
+            weight = self._part_of_weight(columns)
+            known = j >= self._first_kept
+            logits = self._place(j) if known else self._multiply(j, weight)
+            yield columns, logits, _matrix(self._slot, logits.shape), weight
+
+    def put_grad(self, dlogits: Tensor, dweight: Tensor) -> None:
+        """dlogits^T x of a slice into its rows of the weight's gradient."""
+        if self._copies is None:
+            torch.mm(dlogits.mT, self.x, out=dweight)
+        else:
+            dweight.copy_(torch.mm(dlogits.mT, self.x, out=self._copies[1, : len(dweight)]))
+
+    def _columns(self, j: int) -> slice:
+        return slice(j * self._width, min((j + 1) * self._width, self._vocab))
+
+    def _part_of_weight(self, columns: slice) -> Tensor:
+        weight = self._weight[columns]
+        return weight if self._copies is None else self._copies[0, : len(weight)].copy_(weight)
+
+    def _multiply(self, j: int, weight: Tensor) -> Tensor:
+        place = self._place(j)
+        if self._scale == 1:
+            return torch.mm(self.x, weight.mT, out=place)
+        return torch.addmm(place, self.x, weight.mT, beta=0, alpha=self._scale, out=place)
+
+    def _place(self, j: int) -> Tensor:
+        columns, m = self._columns(j), self.x.shape[0]
+        shape = (m, columns.stop - columns.start)
+        if j < self._first_kept:
+            return _matrix(self._slot, shape)
+        return _matrix(self._kept[(j - self._first_kept) * m * self._width :], shape)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, memory: Tensor) -> None:
+    """total += a b, `total` in float32; `memory` is of total's shape and a's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b, out=memory))
+
+
+def columns_per_slice(m: int, c: int, given: torch.dtype, dtype: torch.dtype) -> int:
+    """For m rows of c channels and a weight given in one dtype and multiplied in another."""
+    most = _MOST_COLUMNS
+    if given != dtype:
+        most = min(most, max(_COPY_BYTES // (4 * c + 1), _LEAST_COLUMNS))
+    fit = SLOT_BYTES // (m * dtype.itemsize)
+    return min(max(fit, _LEAST_COLUMNS), most) // _STEP * _STEP
+
+
+def _matrix(memory: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+    return memory[: shape[0] * shape[1]].view(shape)

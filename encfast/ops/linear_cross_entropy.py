@@ -1,0 +1,346 @@
+"""Cross entropy of a linear layer's output, computed without holding that output.
+
+    z_iv   = cap(x_i . weight_v + bias_v)                 cap(z) = softcap tanh(z / softcap), or z
+    lse_i  = log sum over v of exp(z_iv)
+    loss_i = lse_i - (1 - eps) z_i,target - eps / V sum over v of z_iv + z_loss lse_i^2
+
+with eps = label_smoothing. `mean` is the sum of weights_i loss_i by the sum of weights_i.
+
+Conventions. Rows whose target is ignore_index are taken out before the first product: they cost
+nothing, have loss 0 and gradient 0, and count for no mean. A mean over no rows, or over weights
+that are all 0, is 0 and so are its gradients (F.cross_entropy has NaN there). Finite where exp
+would overflow; -inf in the bias takes an entry out of the vocabulary, unless smoothing reads it.
+
+Memory. A slice of the vocabulary at a time; up to 13 MiB of logits stay for the backward, which
+computes the others again. Beyond the gradients a call needs less than 25 MiB for up to a thousand
+rows, and for more about 2 KB a row.
+
+Sources: Szegedy et al. (label smoothing, arXiv:1512.00567); Chowdhery et al., PaLM (z-loss,
+arXiv:2204.02311); Hsu et al., Liger Kernel (arXiv:2410.10989) and Wijmans et al., Cut Your Losses
+(arXiv:2411.09009), who stream this loss on GPUs.
+
+Backends: on the CPU PyTorch's matrix products with C++ between them; elsewhere the reference, which
+holds all logits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..ref.linear_cross_entropy import linear_cross_entropy as _ref_fwd
+from ..ref.linear_cross_entropy import linear_cross_entropy_bwd as _ref_bwd
+from . import _backends
+from . import _linear_cross_entropy_cpu as _cpu
+from ._checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_range,
+    check_tensor,
+    check_values,
+)
+from ._vocab_slices import kept_floats
+
+DISPATCHER_OPS = ("linear_cross_entropy", "linear_cross_entropy_bwd")
+REDUCTIONS = ("none", "mean", "sum")
+
+# `kept` is memory for the backward, [0] without keep; what it holds is the backend's own affair.
+torch.library.define(
+    "encfast::linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, Tensor? bias, Tensor? rows, int ignore_index, "
+    "float? label_smoothing, float? z_loss, float? softcap, bool keep) "
+    "-> (Tensor loss, Tensor lse, Tensor kept)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# What is not wanted is [0]; dbias is float32.
+torch.library.define(
+    "encfast::linear_cross_entropy_bwd",
+    "(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor? bias, Tensor? rows, "
+    "Tensor lse, Tensor kept, int ignore_index, float? label_smoothing, float? z_loss, "
+    "float? softcap, bool want_dx, bool want_dweight, bool want_dbias) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# What the CPU does between products, on its own slices of logits.
+torch.library.define(
+    "encfast::vocab_scan",
+    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor(a!) stats) "
+    "-> ()",
+)
+torch.library.define(
+    "encfast::vocab_grad",
+    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor coefficients, "
+    "Tensor(a!) grad) -> ()",
+)
+
+
+def _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap) -> None:
+    op = "linear_cross_entropy"
+    check_head(op, x, weight, bias)
+    check_tensor(op, "targets", targets, 1, "[M]")
+    check_dtype(op, "targets", targets, torch.int64)
+    check_device(op, "targets", targets, "x", x)
+    _check_rows(op, x, targets, rows)
+    v = weight.shape[0]
+    check_values(
+        op,
+        "targets",
+        targets,
+        lambda t: (t == ignore_index) | ((t >= 0) & (t < v)),
+        lambda: f"expected 0..{v - 1}, an entry of the vocabulary, or ignore_index {ignore_index}",
+    )
+    if label_smoothing is not None and not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0..1")
+    if z_loss is not None and not 0 <= z_loss < math.inf:
+        raise ValueError(f"{op}: z_loss is {z_loss}, expected a finite number >= 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}, expected a finite number > 0")
+
+
+def check_head(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, x_name: str = "x", prefix: str = ""
+) -> None:
+    """Rows [N, C], weight [V, C] of their dtype and bias [V], with V > 0."""
+    w_name, b_name = f"{prefix}weight", f"{prefix}bias"
+    check_tensor(op, x_name, x, 2, "[N, C]")
+    check_dtype(op, x_name, x, *FLOAT_DTYPES, hint=f"; for float64 use encfast.ref.{op}")
+    check_tensor(op, w_name, weight, 2, "[V, C]")
+    check_dtype(op, w_name, weight, x.dtype, hint=f", the dtype of {x_name}; cast one of them")
+    check_device(op, w_name, weight, x_name, x)
+    if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: {w_name} has shape {tuple(weight.shape)}, expected [V, {x.shape[1]}] for the "
+            f"{x.shape[1]} channels of {x_name}, V > 0"
+        )
+    if bias is not None:
+        check_tensor(op, b_name, bias, 1, "[V]")
+        check_dtype(op, b_name, bias, *FLOAT_DTYPES)
+        check_device(op, b_name, bias, x_name, x)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"{op}: {b_name} has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one "
+                f"for each row of {w_name}"
+            )
+
+
+def _check_rows(op: str, x: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+    n, per = x.shape[0], "row of x"
+    if rows is not None:
+        check_tensor(op, "rows", rows, 1, "[M]")
+        check_dtype(op, "rows", rows, torch.int64)
+        check_device(op, "rows", rows, "x", x)
+        check_range(op, "rows", rows, 0, n, lambda: f"expected 0..{n - 1}, a row of x")
+    m = n if rows is None else rows.shape[0]
+    if targets.shape[0] != m:
+        per = "row of x" if rows is None else "entry of rows"
+        raise ValueError(
+            f"{op}: targets has shape {tuple(targets.shape)}, expected ({m},), one for each {per}"
+        )
+
+
+def check_weights(op: str, weights: Tensor | None, x: Tensor, m: int) -> None:
+    """One for each of m rows on the device of x, finite and not negative."""
+    if weights is None:
+        return
+    check_tensor(op, "weights", weights, 1, "[M]")
+    check_dtype(op, "weights", weights, *FLOAT_DTYPES)
+    check_device(op, "weights", weights, "x", x)
+    if weights.shape[0] != m:
+        raise ValueError(
+            f"{op}: weights has shape {tuple(weights.shape)}, expected ({m},), one for each loss"
+        )
+    check_values(
+        op,
+        "weights",
+        weights.detach(),
+        lambda w: (w >= 0) & (w < torch.inf),
+        lambda: "expected finite numbers >= 0",
+    )
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """One of `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
+
+
+@torch.library.register_fake("encfast::linear_cross_entropy")
+def _fake_fwd(x, weight, targets, *options):
+    keep = options[-1]
+    loss, lse = (x.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
+    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
+    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+
+
+@torch.library.register_fake("encfast::linear_cross_entropy_bwd")
+def _fake_bwd(dloss, x, weight, *options):
+    want_dx, want_dweight, want_dbias = options[-3:]
+    return (
+        x.new_empty(x.shape if want_dx else 0),
+        x.new_empty(weight.shape if want_dweight else 0),
+        x.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, targets, bias, rows, *options, _keep = inputs
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(x, weight, targets, bias, rows, *output[1:])
+        ctx.options = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, dlse, dkept):
+    if dloss is None:
+        return (None,) * 10
+    x, weight, targets, bias, rows, lse, kept = ctx.saved_tensors
+    need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    wanted = need_x, need_weight, need_bias
+    dx, dweight, dbias = torch.ops.encfast.linear_cross_entropy_bwd(
+        dloss, x, weight, targets, bias, rows, lse, kept, *ctx.options, *wanted
+    )
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        None,
+        dbias.to(bias.dtype) if need_bias else None,
+        *(None,) * 6,
+    )
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "linear_cross_entropy: double backward is not implemented; "
+        "encfast.ref.linear_cross_entropy has one"
+    )
+
+
+torch.library.register_autograd(
+    "encfast::linear_cross_entropy", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd(
+    "encfast::linear_cross_entropy_bwd",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+)
+
+
+def _reference_fwd(x, weight, targets, bias, rows, *options_and_keep):
+    *options, keep = options_and_keep
+    _check(x, weight, targets, bias, rows, *options)
+    loss, lse = _ref_fwd(x, weight, targets, bias, rows, *options)
+    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
+    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+
+
+def _reference_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
+    *options, want_dx, want_dweight, want_dbias = options_and_wanted
+    grads = _ref_bwd(dloss, x, weight, targets, bias, rows, *options)
+    return tuple(
+        g if want else g.new_empty(0)
+        for g, want in zip(grads, (want_dx, want_dweight, want_dbias), strict=True)
+    )
+
+
+def _cpu_fwd(x, weight, targets, bias, rows, *options_and_keep):
+    _check(x, weight, targets, bias, rows, *options_and_keep[:-1])
+    return _cpu.forward(x, weight, targets, bias, rows, *options_and_keep)
+
+
+def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
+    _check(x, weight, targets, bias, rows, *options_and_wanted[:-3])
+    _check_saved(dloss, targets, weight, lse, kept)
+    return _cpu.backward(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted)
+
+
+def _check_saved(dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, kept: Tensor) -> None:
+    op = "linear_cross_entropy_bwd"
+    whole = kept_floats(targets.shape[0], weight.shape[0])
+    for name, x, sizes in (
+        ("dloss", dloss, (targets.shape[0],)),
+        ("lse", lse, (targets.shape[0],)),
+        ("kept", kept, (whole, 0)),
+    ):
+        check_tensor(op, name, x, 1)
+        check_dtype(op, name, x, torch.float32)
+        if x.shape[0] not in sizes:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({sizes[0]},)")
+
+
+_backends.register_reference("linear_cross_entropy", "linear_cross_entropy", _reference_fwd)
+_backends.register_reference("linear_cross_entropy", "linear_cross_entropy_bwd", _reference_bwd)
+_backends.register_around("vocab_scan", "linear_cross_entropy", _cpu_fwd)
+_backends.register_around("vocab_grad", "linear_cross_entropy_bwd", _cpu_bwd)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | None = None,
+    z_loss: float | None = None,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of x weight^T + bias; the module docstring has the formula.
+
+    Args:
+        x: [N, C] float32, bfloat16 or float16, any strides.
+        weight: [V, C] of x's dtype, the layout of `torch.nn.Linear`; a tied embedding as it is.
+        targets: int64 [N], or [M] with `rows`: 0..V-1, or ignore_index.
+        bias: [V] of any of the three dtypes, or None.
+        rows: int64 [M], the rows of x to be predicted, in any order; all by default.
+        weights: one for each target, finite and >= 0, of any of the three dtypes; 1 by default.
+            They need not sum to 1: `mean` divides by the sum of those that count.
+        ignore_index: the target of rows that are left out.
+        label_smoothing: share of the target in 0..1 that is spread evenly over all V.
+        z_loss: factor >= 0 of the squared log-sum-exp.
+        softcap: > 0, what logits are bounded by.
+        reduction: "mean", "sum", or "none" for weights_i loss_i.
+
+    Returns:
+        float32, a scalar or [M] for "none".
+
+    Raises:
+        TypeError, ValueError: an argument is malformed; the message names it.
+
+    Numerics: products in bfloat16 where x is and the CPU has instructions for it, with logits
+    rounded to bfloat16 once; else in float32. Everything else is float32. The same bits in every
+    run with the same number of threads; with another number, as far as PyTorch's products give the
+    same. Gradients of x, weight, bias and weights; no atomics. Autocast casts nothing.
+    """
+    _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
+    check_weights("linear_cross_entropy", weights, x, targets.shape[0])
+    check_reduction("linear_cross_entropy", reduction)
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    loss, _, _ = torch.ops.encfast.linear_cross_entropy(
+        x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap, keep
+    )
+    return reduce_rows(loss, targets != ignore_index, weights, reduction)
+
+
+def reduce_rows(loss: Tensor, counted: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """Losses [M] by weights: all, their sum, or that by the weights of the rows that count."""
+    if weights is not None:
+        weights = weights.float()
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = counted.sum() if weights is None else (weights * counted).sum()
+    return loss.sum() / total.where(total > 0, 1)
+
+
+def backends() -> dict[str, str]:
+    """Device type -> 'native', 'triton' or 'reference: why'."""
+    return _backends.describe(DISPATCHER_OPS)
