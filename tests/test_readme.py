@@ -44,6 +44,18 @@ def test_the_first_example_runs():
     assert names["out"].shape == names["q"].shape == (17 + 230 + 64, 12, 64)
 
 
+@pytest.mark.parametrize(
+    ("section", "results"),
+    [("Mixtures of experts", ("loss",)), ("Losses without their matrices", ("contrastive", "mlm"))],
+)
+def test_the_short_examples_run(section, results):
+    text = (ROOT / "README.md").read_text().split(f"## {section}")[1]
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    for name in results:
+        assert names[name].isfinite() and names[name].dim() == 0
+
+
 def test_every_linked_file_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
     assert links
