@@ -85,16 +85,18 @@ int64_t even_share(int64_t n, int64_t most, int64_t step) {
 
 // Tasks over `rows(e)` x `columns` results with `terms(e)` terms a sum, expensive ones first.
 template <class Rows, class Terms>
-std::vector<GroupedMmTask> plan(int64_t E, int64_t columns, Rows rows, Terms terms) {
+std::vector<GroupedMmTask> plan(GroupedProduct product, int64_t E, int64_t columns, Rows rows,
+                                Terms terms) {
+  const int64_t most_rows = grouped_rows(product), most_columns = grouped_columns(product);
   constexpr int64_t kStep = 12, kPackCost = 4;
   std::vector<GroupedMmTask> tasks;
   for (int64_t e = 0; e < E; ++e) {
     if (rows(e) == 0) continue;
-    const int64_t share = even_share(rows(e), kGroupedRows, kStep);
-    for (int64_t n = 0; n < columns; n += kGroupedColumns) {
+    const int64_t share = even_share(rows(e), most_rows, kStep);
+    for (int64_t n = 0; n < columns; n += most_columns) {
       for (int64_t m = 0; m < rows(e); m += share) {
         tasks.push_back(
-            {e, m, std::min(m + share, rows(e)), n, std::min(n + kGroupedColumns, columns)});
+            {e, m, std::min(m + share, rows(e)), n, std::min(n + most_columns, columns)});
       }
     }
   }
@@ -144,7 +146,7 @@ Tensor by_weight(const Problem& q, GroupedProduct product, const Tensor& rows, i
                     nullptr};
   multiply(p, q.x,
            plan(
-               q.E, columns, [&](int64_t e) { return q.groups.rows(e); },
+               product, q.E, columns, [&](int64_t e) { return q.groups.rows(e); },
                [&](int64_t) { return terms; }));
   return out;
 }
@@ -165,9 +167,10 @@ Tensor grad_weight(const Problem& q, const Tensor& dout) {
                     nullptr,
                     0,
                     nullptr};
-  multiply(
-      p, q.x,
-      plan(q.E, q.C, [&](int64_t) { return q.F; }, [&](int64_t e) { return q.groups.rows(e); }));
+  multiply(p, q.x,
+           plan(
+               p.product, q.E, q.C, [&](int64_t) { return q.F; },
+               [&](int64_t e) { return q.groups.rows(e); }));
   return out;
 }
 

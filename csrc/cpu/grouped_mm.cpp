@@ -1,6 +1,6 @@
 // One matrix product per group of rows, C = A B, for the result and for both gradients.
 //
-//                        columns (task: up to 256)
+//                        columns (task: up to 256; of W's gradient 1024)
 //                        panel   panel
 //                      +-------+-------+
 //     256 words of k   |   B   |       |   one panel at a time, packed in L1 as [k][panel]
@@ -14,9 +14,11 @@
 //   grad of x      dout        rows of W     as it lies
 //   grad of W      dout^T      rows of x     as it lies, and so does A
 //
-// A task reads its columns of W once for up to kGroupedRows rows of the group, so that W comes from
-// memory once where groups are small. Words are fp32, or pairs of bf16 along k where one
-// instruction multiplies them. Sums run over blocks of k in order: results do not depend on tasks.
+// A task reads its columns of W once for up to 192 rows of the group, so that W comes from memory
+// once where groups are small. For the gradient of x these are short pieces of rows far apart,
+// which no prefetcher of the machine foresees: the next panel's are asked for while one is packed.
+// Words are fp32, or pairs of bf16 along k where one instruction multiplies them. Sums run over
+// blocks of k in order: results do not depend on tasks.
 #include "grouped_mm.h"
 
 #include "attn_pack.h"
@@ -29,14 +31,20 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // words of k
 constexpr int64_t kPanel = kLanes;
-constexpr int64_t kFloatsOfA = kGroupedRows * kBlock, kFloatsOfB = kBlock * kPanel;
-constexpr int64_t kSlotFloats = kFloatsOfA + kFloatsOfB + kGroupedRows * kGroupedColumns;
+constexpr GroupedProduct kAnyRows = GroupedProduct::kForward, kOfW = GroupedProduct::kGradWeight;
+constexpr int64_t kFloatsOfA = grouped_rows(kAnyRows) * kBlock, kFloatsOfB = kBlock * kPanel;
+constexpr int64_t kFloatsOfC = grouped_rows(kAnyRows) * grouped_columns(kAnyRows);
+constexpr int64_t kSlotFloats = kFloatsOfA + kFloatsOfB + kFloatsOfC;
+static_assert(grouped_rows(kOfW) <= grouped_rows(kAnyRows), "A has no room");
+static_assert(grouped_rows(kOfW) * grouped_columns(kOfW) <= kFloatsOfC, "C has no room");
 constexpr int64_t kSumColumns = 256, kSumRows = 64;
 
 template <class Word, GroupedProduct kProduct>
 struct Grouped {
   static constexpr bool kOfWeight = kProduct == GroupedProduct::kGradWeight;
   static constexpr int64_t kBytes = element_bytes(Word::kT);
+  static constexpr int64_t kRows = grouped_rows(kProduct);
+  static constexpr int64_t kStep = kBlock * Word::kElements;  // terms
 
   static void run_task(int64_t index, int slot, void* ctx) {
     const GroupedMmParams& p = *static_cast<const GroupedMmParams*>(ctx);
@@ -45,22 +53,33 @@ struct Grouped {
     float *b = a + kFloatsOfA, *c = b + kFloatsOfB;
     const int64_t terms = kOfWeight ? p.cu_seqlens[t.group + 1] - p.cu_seqlens[t.group] : p.terms;
     const RowsView out = result_of(p, t);
-    constexpr int64_t kStep = kBlock * Word::kElements;
     for (int64_t k = 0; k == 0 || k < terms; k += kStep) {
       const int64_t n_k = smaller(kStep, terms - k);
       pack_a(p, t, k, n_k, a);
       for (int64_t j = t.n; j < t.n_end; j += kPanel) {
         const int64_t width = smaller(kPanel, t.n_end - j);
-        float* c_panel = c + (j - t.n) * kGroupedRows;
+        const int64_t words = (n_k + Word::kElements - 1) / Word::kElements;
         pack_b(p, t, k, n_k, j, width, b);
-        multiply(a, t.m_end - t.m, b, (n_k + Word::kElements - 1) / Word::kElements, c_panel,
-                 k > 0);
+        if (is_final(p, t, width, terms)) {
+          float* whole = reinterpret_cast<float*>(out.data) + j;
+          multiply(a, t.m_end - t.m, b, words, whole, p.out.row_stride, false);
+          continue;
+        }
+        float* c_panel = c + (j - t.n) * kRows;
+        multiply(a, t.m_end - t.m, b, words, c_panel, kPanel, k > 0);
         if (k + kStep >= terms) finish(p, t, j, width, c_panel, out);
       }
     }
   }
 
  private:
+  // Whole panels of fp32 whose sums are done after one block need not wait anywhere.
+  static bool is_final(const GroupedMmParams& p, const GroupedMmTask& t, int64_t width,
+                       int64_t terms) {
+    return kOfWeight && Word::kT == DType::kFloat32 && width == kPanel && terms <= kStep &&
+           (t.m_end - t.m) % kShortTileRows == 0 && !p.bias;
+  }
+
   static const char* at(const ConstMatrix& x, int64_t row, int64_t column) {
     return static_cast<const char*>(x.data) + (row * x.row_stride + column) * kBytes;
   }
@@ -81,7 +100,7 @@ struct Grouped {
                      float* a) {
     const int64_t first = p.cu_seqlens[t.group], stride = p.a.row_stride * kBytes;
     if constexpr (kOfWeight) {
-      pack_across<Word, kGroupedRows>(at(p.a, first + k, t.m), stride, n_k, t.m_end - t.m, a);
+      pack_across<Word, kRows>(at(p.a, first + k, t.m), stride, n_k, t.m_end - t.m, a);
     } else {
       const int64_t words = (n_k + Word::kElements - 1) / Word::kElements;
       pack_along<Word, kBlock>(at(p.a, first + t.m, k), stride, t.m_end - t.m, n_k, words, a);
@@ -98,16 +117,30 @@ struct Grouped {
       const int64_t words = (n_k + Word::kElements - 1) / Word::kElements;
       pack_transposed<Word>(group + j * stride + k * kBytes, stride, width, n_k, words, b);
     } else {
-      pack_across<Word, kPanel>(group + k * stride + j * kBytes, stride, n_k, width, b);
+      const char* panel = group + k * stride + j * kBytes;
+      if (!kOfWeight && j + kPanel < t.n_end) fetch(panel + kPanel * kBytes, stride, n_k);
+      if (!kOfWeight && j + kPanel >= t.n_end && k + kStep < p.terms) {
+        fetch(group + (k + kStep) * stride + t.n * kBytes, stride,
+              smaller(kStep, p.terms - k - kStep));
+      }
+      pack_across<Word, kPanel>(panel, stride, n_k, width, b);
+    }
+  }
+
+  // Asks for the first kPanel elements of rows.
+  static ENCFAST_INLINE void fetch(const char* row, int64_t stride, int64_t rows) {
+    constexpr int64_t kLine = 64;
+    for (int64_t i = 0; i < rows; ++i, row += stride) {
+      for (int64_t byte = 0; byte < kPanel * kBytes; byte += kLine) __builtin_prefetch(row + byte);
     }
   }
 
   static void multiply(const float* a, int64_t rows, const float* b, int64_t words, float* c,
-                       bool accumulate) {
-    constexpr int kRowStride = kOfWeight ? 1 : kBlock, kColStride = kOfWeight ? kGroupedRows : 1;
+                       int64_t c_stride, bool accumulate) {
+    constexpr int kRowStride = kOfWeight ? 1 : kBlock, kColStride = kOfWeight ? kRows : 1;
     gemm_rows<typename Word::Dot, 2, kRowStride, kColStride>(
         a, static_cast<int>(round_up(rows, kShortTileRows)), b, kPanel, static_cast<int>(words), c,
-        kPanel, accumulate);
+        static_cast<int>(c_stride), accumulate);
   }
 
   static void finish(const GroupedMmParams& p, const GroupedMmTask& t, int64_t j, int64_t width,

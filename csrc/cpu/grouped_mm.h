@@ -7,16 +7,23 @@
 
 namespace encfast {
 
-// What a task may compute at most: the sizes of its workspace. Rows are a multiple of every tile's.
-constexpr int64_t kGroupedRows = 192, kGroupedColumns = 256;
-
 enum class GroupedProduct {
   kForward,     // out[i] = x[i] W[e]^T
   kGradInput,   // dx[i] = dout[i] W[e]
   kGradWeight,  // dW[e] = sum over i of dout[i]^T x[i]
 };
 
-// Rows [m, m_end) and columns [n, n_end) of a group's result; n is a multiple of kGroupedColumns.
+// What a task may compute at most: the sizes of its workspace. Rows are a multiple of every tile's.
+// A weight's gradient is written in long rows: its pages are fresh, and the system clears each as
+// it is touched, so that whoever comes back later finds it gone from the caches.
+constexpr int64_t grouped_rows(GroupedProduct p) {
+  return p == GroupedProduct::kGradWeight ? 48 : 192;
+}
+constexpr int64_t grouped_columns(GroupedProduct p) {
+  return p == GroupedProduct::kGradWeight ? 1024 : 256;
+}
+
+// Rows [m, m_end) and columns [n, n_end) of a group's result; n is a multiple of grouped_columns.
 struct GroupedMmTask {
   int64_t group, m, m_end, n, n_end;
 };

@@ -19,6 +19,7 @@ const Case kCases[] = {
     {"fp32 odd", kF, 45, 37, {0, 5, 5, 38}},    {"bf16 odd", kB, 45, 37, {0, 5, 5, 38}},
     {"fp16 odd", kH, 45, 37, {0, 5, 5, 38}},    {"fp32 whole lines", kF, 64, 32, {0, 16}},
     {"bf16 blocks", kB, 530, 270, {0, 3, 203}}, {"fp32 one value", kF, 1, 1, {0, 1}},
+    {"fp32 wide", kF, 1100, 300, {0, 3, 9}},
 };
 
 int64_t terms_of(const Case& c, GroupedProduct product) {
@@ -41,10 +42,11 @@ std::vector<char> run(const Case& c, GroupedProduct product, int threads) {
   std::vector<GroupedMmTask> tasks;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t rows = of_weight ? c.F : c.ends[e + 1] - c.ends[e];
-    for (int64_t m = 0; m < rows; m += kGroupedRows) {
-      for (int64_t n = 0; n < columns; n += kGroupedColumns) {
+    const int64_t most_rows = grouped_rows(product), most_columns = grouped_columns(product);
+    for (int64_t m = 0; m < rows; m += most_rows) {
+      for (int64_t n = 0; n < columns; n += most_columns) {
         tasks.push_back(
-            {e, m, std::min(m + kGroupedRows, rows), n, std::min(n + kGroupedColumns, columns)});
+            {e, m, std::min(m + most_rows, rows), n, std::min(n + most_columns, columns)});
       }
     }
   }
