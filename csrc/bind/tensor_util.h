@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdint>
 #include <optional>
@@ -87,9 +90,30 @@ inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
+// From here on the C library maps fresh memory for every allocation (its largest M_MMAP_THRESHOLD);
+// below, memory is reused and its pages are there already.
+constexpr int64_t kFreshAllocation = int64_t{32} << 20;
+
+// Asks for pages of 2 MiB under a large result on the CPU, where the system leaves that to
+// programs: a fault for each 4 KiB costs several times as much as writing them. x will be written
+// whole. What cannot be had is not missed.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  if (bytes < kFreshAllocation || !x.is_cpu()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (begin + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor new_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                              ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Tensor x = torch::stable::new_empty(like, sizes, dtype);
+  advise_huge_pages(x);
+  return x;
 }
 
 // An uninitialised tensor of n rows like those of x.
