@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from row_cases import BF16, DTYPES, FP32, name
 from torch.utils.checkpoint import checkpoint
 
