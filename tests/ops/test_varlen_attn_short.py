@@ -47,8 +47,9 @@ def test_short_sequences_match_the_reference(case):
 
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_short_sequences_with_every_option_match_the_reference(case):
+    one_key = case.bias.startswith("bool")  # masks leave single keys here and there
     for dtype in (FP32, BF16, FP16):
-        assert_matches_reference(case, dtype)
+        assert_matches_reference(case, dtype, cancels=one_key)
 
 
 @pytest.mark.quick
