@@ -147,10 +147,8 @@ class MoE(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.moe = moe
         self.jitter = moe.jitter
-        self.capacity_factor, self.eval_capacity_factor = (
-            moe.capacity_factor,
-            moe.eval_capacity_factor,
-        )
+        self.capacity_factor = moe.capacity_factor
+        self.eval_capacity_factor = moe.eval_capacity_factor
         self.router = nn.Linear(config.dim, moe.num_experts, bias=False, **factory)
         # Rows [M, C] that stand expert by expert, int32 [E + 1] -> rows [M, C].
         self.experts: nn.Module = Experts(config, moe.num_experts, **factory)

@@ -39,8 +39,9 @@ class MoEBlock(Block):
         rope: Rope = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """As :meth:`Block.forward_rows`."""
-        return self.forward_with_losses(batch, rows, rope, cache)[0]
+        """As :meth:`Block.forward_rows`; the router's losses are not computed."""
+        seen, x = self.attended(batch, rows, rope, cache)
+        return self.joined(self.mlp(seen).data, x, batch, rows)
 
     def forward_with_losses(
         self,
