@@ -44,11 +44,10 @@ def model_table() -> str:
 def op_table() -> str:
     """One row per op: what it is, and which files hold which of its rooms."""
     rows = ["| op | what | CPU | CUDA |", "|---|---|---|---|"]
-    lent = {"linear_kl": "linear_cross_entropy"}  # whose core another op runs on
     for stem in encfast.ops.OPS:
         module = (ROOT / "encfast" / "ops" / f"{stem}.py").read_text()
         what = " ".join(re.match(r'"""(.+?)(?:\n\n|""")', module, re.S)[1].split())  # type: ignore[index]
-        core = f"csrc/cpu/{lent.get(stem, stem)}.cpp"
+        core = f"csrc/cpu/{encfast.ops.LENT_CORES.get(stem, stem)}.cpp"
         cpu = f"[C++]({core})" if (ROOT / core).exists() else "reference"
         gpu = (
             (f"[Triton](encfast/kernels/{stem}.py)", f"encfast/kernels/{stem}.py"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from encfast.ops import OPS
+from encfast.ops import LENT_CORES, OPS
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # its files import one another by their bare names
@@ -80,8 +80,7 @@ def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
     slow = {"linear_cross_entropy", "rank_loss"}  # seconds a call, most of them in the peers
-    same_core = {"linear_kl"}  # as linear_cross_entropy's
-    assert in_quick == {"minilm", "training", "mae", *OPS} - slow - same_core
+    assert in_quick == {"minilm", "training", "mae", *OPS} - slow - set(LENT_CORES)
     assert in_full == {"bert-base", "moe", "vivit", *in_quick, *slow}
     assert len(full) > len(quick)
 

@@ -426,14 +426,13 @@ def test_no_device_sync_on_a_gpu():
 
 @pytest.mark.quick
 def test_every_op_has_its_files_and_answers_for_its_backends():
-    lent = {"linear_kl": "linear_cross_entropy"}  # whose core another op runs on
     for stem in ops.OPS:
         module = importlib.import_module(f"encfast.ops.{stem}")
         assert set(ops.backends(stem)) == {"cpu", "cuda"}
         for text in ops.backends(stem).values():
             assert text in ("native", "triton") or text.startswith("reference: ")
         assert module.__doc__ and hasattr(ops, stem)
-        core = lent.get(stem, stem)
+        core = ops.LENT_CORES.get(stem, stem)
         for path in (f"ref/{stem}.py", f"../csrc/cpu/{core}.cpp", f"../csrc/bind/{core}.cpp"):
             assert (ROOT / "encfast" / path).is_file(), path
     with pytest.raises(ValueError, match="'attn' is not an op"):

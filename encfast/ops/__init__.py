@@ -39,7 +39,11 @@ OPS = (
     "linear_kl",
 )
 
+# Ops that run on the C++ of another one.
+LENT_CORES = {"linear_kl": "linear_cross_entropy"}
+
 __all__ = [
+    "LENT_CORES",
     "OPS",
     "PatchSelection",
     "Unpadded",
