@@ -6,9 +6,6 @@ Run as a script, this file is the processes: their results lie in the folder tha
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import fork, run_script
 from torch import Tensor, nn
 
 from encfast import ops, ref
@@ -180,33 +178,10 @@ def process(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
-    """Forks the processes, so that PyTorch is imported once for all of them."""
-    fork = multiprocessing.get_context("fork")
-    for world in WORLDS:
-        running = [fork.Process(target=process, args=(r, world, folder)) for r in range(world)]
-        for p in running:
-            p.start()
-        for p in running:
-            p.join()
-        if any(p.exitcode for p in running):
-            sys.exit(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where the processes left what they found."""
-    folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return folder
+    return run_script(__file__, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", [*CLIP, *SIGLIP])
@@ -255,4 +230,4 @@ def test_errors():
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork(process, WORLDS, Path(sys.argv[1]))

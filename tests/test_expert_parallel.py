@@ -8,9 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -19,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import fork, run_script
 from torch import Tensor, nn
 
 from encfast import ops, ref
@@ -294,34 +292,16 @@ def process(rank: int, world: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Forks the processes, so that PyTorch is imported once for all of them."""
+    """The processes, whose uninitialised memory holds NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    fork = multiprocessing.get_context("fork")
-    for world in WORLDS:
-        running = [fork.Process(target=process, args=(r, world, folder)) for r in range(world)]
-        for p in running:
-            p.start()
-        for p in running:
-            p.join()
-        if any(p.exitcode for p in running):
-            sys.exit(1)
+    fork(process, WORLDS, folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where the processes left what they found."""
-    folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return folder
+    return run_script(__file__, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module", params=WORLDS)
