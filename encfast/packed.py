@@ -215,7 +215,9 @@ class PackedBatch:
 
     def segment_ids(self) -> Tensor:
         """int64 ``[N]``: the sequence each row belongs to."""
-        return self.owners(torch.arange(self.total, dtype=torch.int32, device=self.device))
+        ids = self.owners(torch.arange(self.total, dtype=torch.int32, device=self.device))
+        # Of an exported grid the rows behind the last sequence count with it.
+        return ids.clamp(max=self.batch_size - 1) if torch.compiler.is_exporting() else ids
 
     def owners(self, rows: Tensor) -> Tensor:
         """int64 ``[M]``: the sequences that ``rows``, integers ``[M]`` in [0, N), belong to."""
@@ -225,7 +227,8 @@ class PackedBatch:
         """int64 ``[N]``: the position of each row in its sequence, from 0."""
         starts = self.cu_seqlens[:-1].long()
         rows = torch.arange(self.total, device=self.device)
-        return rows - starts[self.segment_ids()]
+        places = rows - starts[self.segment_ids()]
+        return places.clamp(max=self.max_seqlen - 1) if torch.compiler.is_exporting() else places
 
     def first_rows(self) -> Tensor:
         """int64 ``[B]``: the first row of each sequence ([CLS]); sequences must not be empty."""

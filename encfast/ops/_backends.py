@@ -26,6 +26,7 @@ _NOT_ON_AMD = "its kernels in CUDA C++ do not run on AMD's GPUs"
 # op -> "triton" or "native": what its GPU kernels are, whether or not they are there.
 _gpu_kernels: dict[str, str] = {}
 _warned: set[tuple[str, str, str]] = set()
+references: dict[str, Callable] = {}  # by dispatcher op
 
 
 def describe(ops: Sequence[str]) -> dict[str, str]:
@@ -127,6 +128,7 @@ def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
 def register_reference(stem: str, op: str, reference: Callable) -> None:
     """Serves `encfast::op` by `reference` on every device that has no kernel for it."""
     names = _argument_names(op)
+    references[op] = reference
 
     @functools.wraps(reference)
     def serve(*args):

@@ -233,6 +233,9 @@ def find_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 def unpad(x: Tensor, mask: Tensor) -> Unpadded:
     """The rows of a padded grid that a mask keeps. For the border: reads the lengths on the host.
 
+    Under `torch.export` no length is read: all B * S rows stay, the kept ones first. Those behind
+    the last sequence are zeros and have index -1; max_seqlen is S.
+
     Args:
         x: [B, S, ...], any dtype.
         mask: [B, S] bool or integer 0/1; True keeps. Gaps are allowed, order is kept.
@@ -245,6 +248,9 @@ def unpad(x: Tensor, mask: Tensor) -> Unpadded:
     """
     _check_grid(x, mask)
     indices, cu_seqlens = torch.ops.encfast.find_rows(mask)
+    if torch.compiler.is_exporting():
+        data = torch.ops.encfast.gather_rows(x.flatten(0, 1), indices)
+        return Unpadded(data, indices, cu_seqlens, mask.shape[1])
     starts = cu_seqlens.tolist()  # the one wait for the device
     indices = indices[: starts[-1]].clone()  # a view would keep the place of every pad row
     data = torch.ops.encfast.gather_rows(x.flatten(0, 1), indices)
@@ -312,8 +318,9 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None 
 
 
 def _present(indices: Tensor, n: int) -> Tensor:
-    present = torch.zeros(n, dtype=torch.bool, device=indices.device)
-    return present.index_fill(0, indices, True)
+    # Row n is for the -1 of an exported grid.
+    present = torch.zeros(n + 1, dtype=torch.bool, device=indices.device)
+    return present.index_fill(0, torch.where(indices < 0, n, indices), True)[:n]
 
 
 def backends() -> dict[str, str]:

@@ -200,7 +200,7 @@ def _scale(seq: _Sequence, scale: float | None) -> float:
     return seq.q.shape[-1] ** -0.5 if scale is None else scale
 
 
-_LOWEST_SCORE = -1e38
+LOWEST_SCORE = -1e38
 
 
 def _scores(seq: _Sequence, terms: _Terms) -> tuple[Tensor, Tensor | float]:
@@ -224,7 +224,7 @@ def _scores(seq: _Sequence, terms: _Terms) -> tuple[Tensor, Tensor | float]:
         else:
             s = s + matrix.to(s.dtype)
     # The lowest finite number of float32 or bfloat16 as a bias means hidden, also to a whole row.
-    return s.masked_fill(hidden | (s < _LOWEST_SCORE), float("-inf")), dcap
+    return s.masked_fill(hidden | (s < LOWEST_SCORE), float("-inf")), dcap
 
 
 def _outside(offset: Tensor, left: int, right: int) -> Tensor:
