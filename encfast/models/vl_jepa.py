@@ -14,8 +14,8 @@ final norm, its token table frozen (4.9e8 trained parameters are published, whic
 it); InfoNCE is the mean of both directions; the temperature starts at 0.07, is learned as its
 logarithm and kept above 0.01, as CLIP's. The projections have biases. The decoder's form is not
 published: four causal Llama layers over the same token table, which lead to the published total of
-1.6e9; it learns to give back an answer from Y's embedding of it, without moving that embedding, and
-so may be trained beside the rest or after it. L1 and L2 sum over channels.
+1.6e9; it learns to say an answer from the embedding predicted for it, without moving that, and so
+may be trained beside the rest or after it. L1 and L2 sum over channels.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class VlJepa(Model):
         embedding = self._objective(predicted, target, (rows > 0) & (batch.target.lengths() > 0))
         text = None
         if self.decoder is not None and batch.answer is not None:
-            text = self.decoder.loss(target.detach(), batch.answer, self.tokens.weight)
+            text = self.decoder.loss(predicted.detach(), batch.answer, self.tokens.weight)
         return VlJepaLoss(embedding if text is None else embedding + text, embedding, text)
 
     def _objective(self, predicted: Tensor, target: Tensor, counts: Tensor) -> Tensor:
