@@ -17,6 +17,27 @@ _DROPOUTS = ("attn_dropout", "attn_out_dropout", "mlp_dropout", "mlp_hidden_drop
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Longer rotary wavelengths for longer texts, as Llama 3.1 has them (arXiv 2407.21783).
+
+    Wavelengths below ``original / high`` tokens stay, those above ``original / low`` grow by
+    ``factor``, and what lies between is interpolated.
+    """
+
+    factor: float = 32.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192  # tokens
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or not 0 < self.low < self.high or self.original < 1:
+            raise ValueError(
+                "a RopeScaling needs factor >= 1, 0 < low < high and original >= 1, got "
+                f"{self.factor}, {self.low}, {self.high} and {self.original}"
+            )
+
+
+@dataclass(frozen=True)
 class BlockConfig:
     """What distinguishes one transformer block from another.
 
@@ -30,10 +51,11 @@ class BlockConfig:
     num_kv_heads: int | None = None  # Hk: divides num_heads; None: num_heads
     head_dim: int | None = None  # D in 1..256; None: dim / num_heads
 
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"  # sandwich: see layers.Block
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     norm_bias: bool = True  # layernorm only
+    norm_unit_offset: bool = False  # the norms' weights are kept less 1 (Gemma)
     norm_precision: NormPrecision = "default"  # see layers.norm.Norm
     first_norm: bool = (
         True  # False: the pre-norm of attention is the identity (ModernBERT's layer 0)
@@ -43,6 +65,8 @@ class BlockConfig:
     window: tuple[int, int] = (-1, -1)  # keys left and right of the query, inclusive; -1: all
     position: Position = "none"  # what attention itself knows of positions
     rope_theta: float = 10_000.0  # base of the rotary frequencies, if position is "rope"
+    rope_scaling: RopeScaling | None = None  # of their wavelengths
+    qk_norm: bool = False  # a norm over each head of q and of k, before they are rotated
     softcap: float | None = None
 
     qkv_bias: bool | Literal["qv"] = True  # "qv": on queries and values only (BEiT)

@@ -312,6 +312,8 @@ def test_describes_what_runs(dtype):
         (lambda m: hooked(m, "stack.blocks.0"), "stack.blocks.0 has forward hooks"),
         (lambda m: optioned(m, layer_scale=0.1), "stack.blocks.1 has LayerScale"),
         (lambda m: optioned(m, qkv_bias="qv"), "blocks.1.attn.qkv is a .*QVBiasLinear"),
+        (lambda m: optioned(m, qk_norm=True), "blocks.1 has norms over heads"),
+        (lambda m: optioned(m, norm_position="sandwich"), "or behind its branches"),
     ],
 )
 @pytest.mark.quick

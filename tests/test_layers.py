@@ -8,7 +8,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 
 from encfast import PackedBatch, ops
-from encfast.config import BlockConfig, replace_fields
+from encfast.config import BlockConfig, RopeScaling, replace_fields
 from encfast.layers import (
     MLP,
     Attention,
@@ -38,6 +38,7 @@ KINDS = {
         SMALL, num_heads=6, num_kv_heads=2, causal=True, softcap=5.0
     ),
     "head_dim": dataclasses.replace(SMALL, num_heads=2, head_dim=7),
+    "sandwich": dataclasses.replace(SMALL, norm_position="sandwich"),
 }
 
 
@@ -116,6 +117,47 @@ def test_pre_and_post_norm_order():
             mid = block.norm1(x.data + block.attn(x))
             expected = block.norm2(mid + block.mlp(mid))
         torch.testing.assert_close(block(x).data, expected)
+
+
+def test_a_sandwich_norms_each_branch_before_it_is_added():
+    x, config = batch([4]), dataclasses.replace(KINDS["pre"], norm_position="sandwich")
+    block = Block(config)
+    for name, p in block.named_parameters():
+        if "norm" in name:
+            p.data.uniform_(0.5, 2)
+    mid = x.data + block.branch_norm1(block.attn(x.with_data(block.norm1(x.data))))
+    expected = mid + block.branch_norm2(block.mlp(block.norm2(mid)))
+    torch.testing.assert_close(block(x).data, expected)
+
+
+def test_norms_over_heads_come_before_the_rotation():
+    """Of one head's length nothing is left: scaled queries and keys attend as they did."""
+    config = dataclasses.replace(
+        KINDS["pre"], norm="rmsnorm", norm_eps=1e-12, qk_norm=True, position="rope", qkv_bias=False
+    )
+    layer, packed = Attention(config), batch()
+    rope = Rotary(config.head_size, config.rope_theta)(packed.positions())
+    before = layer(packed, rope)
+    with torch.no_grad():
+        layer.qkv.weight[: 2 * config.dim] *= 3
+    torch.testing.assert_close(layer(packed, rope), before, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        layer.q_norm.weight.uniform_(0.5, 2)
+    assert not torch.allclose(layer(packed, rope), before, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("size", [5, 2**14], ids=["plain", "fused"])
+def test_a_norm_of_unit_offset_is_one_whose_weight_is_larger_by_1(kind, size):
+    ours, plain = (Norm(24, kind=kind, unit_offset=offset) for offset in (True, False))
+    assert not ours.weight.any()
+    with torch.no_grad():
+        ours.weight.uniform_(-0.5, 1)
+        plain.weight.copy_(1 + ours.weight)
+    x, residual = torch.randn(2, size, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, residual), plain(x, residual))
+        torch.testing.assert_close(ours(x), plain(x))
 
 
 def test_glu_activates_the_first_half():
@@ -202,6 +244,20 @@ def test_rotary_tables_stay_exact_at_large_positions():
     )
     torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=1e-3)
     torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=1e-3)
+
+
+def test_scaled_rotary_wavelengths():
+    """Short ones stay, long ones grow by the factor, and between them the frequencies blend."""
+    scaling = RopeScaling(factor=8.0, low=1.0, high=4.0, original=64)
+    plain, scaled = (Rotary(32, 1e4, scaling=s).inv_freq.double() for s in (None, scaling))
+    wave = 2 * torch.pi / plain
+    ratio = scaled / plain
+    assert (ratio[wave < 16] - 1).abs().max() < 1e-6 and (wave < 16).any()
+    assert (ratio[wave > 64] - 1 / 8).abs().max() < 1e-6 and (wave > 64).any()
+    between = ratio[(wave > 16) & (wave < 64)]
+    assert len(between) and ((between > 1 / 8) & (between < 1)).all()
+    with pytest.raises(ValueError, match="0 < low < high"):
+        RopeScaling(low=4.0, high=1.0)
 
 
 def test_rotary_scores_depend_on_the_distance_only():

@@ -67,7 +67,10 @@ class NormCall:
     @classmethod
     def read(cls, name: str, module: nn.Module) -> NormCall:
         norm = expect(name, module, Norm)
-        return cls(norm.kind, _copied(norm.weight), _copied(norm.bias), norm.eps)
+        weight = _copied(norm.weight)
+        if norm.unit_offset:
+            weight = 1 + weight
+        return cls(norm.kind, weight, _copied(norm.bias), norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
@@ -192,6 +195,11 @@ class BlockCall:
             raise NotImplementedError(
                 f"compile_encoder: {name} has LayerScale, which packed blocks do not apply; call "
                 "the model itself"
+            )
+        if attn.q_norm is not None or type(block.branch_norm1) is not nn.Identity:
+            raise NotImplementedError(
+                f"compile_encoder: {name} has norms over heads or behind its branches, which "
+                "packed blocks do not apply; call the model itself"
             )
         for drop in ("attn_drop", "mlp_drop", "mlp.drop"):
             expect(f"{name}.{drop}", block.get_submodule(drop), Dropout)

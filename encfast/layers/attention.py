@@ -13,6 +13,7 @@ from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.cache import KVCache
 from encfast.layers.dropout import StaticFloat
+from encfast.layers.norm import Norm
 from encfast.packed import PackedBatch
 
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 
     Args:
         config: uses dim, num_heads, num_kv_heads, head_dim, causal, window, position, softcap,
-            attn_dropout and the biases.
+            attn_dropout, qk_norm with what it says of norms, and the biases.
     """
 
     slopes: Tensor | None
@@ -85,6 +86,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(
             self.num_heads * self.head_dim, config.dim, bias=config.out_bias, **factory
         )
+        self.q_norm = _head_norm(config, **factory) if config.qk_norm else None
+        self.k_norm = _head_norm(config, **factory) if config.qk_norm else None
         slopes = None
         if config.position == "alibi":
             slopes = torch.empty(self.num_heads, dtype=torch.float32, device=device)
@@ -97,6 +100,10 @@ class Attention(nn.Module):
             with torch.no_grad():
                 self.slopes.copy_(alibi_slopes(self.num_heads))
 
+    def rotated(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """q ``[N, H, D]`` and k ``[N, Hk, D]`` at their positions."""
+        return ops.rotary_qk(q, k, *rope)
+
     def heads(
         self,
         batch: PackedBatch,
@@ -108,14 +115,16 @@ class Attention(nn.Module):
 
         Args:
             batch: rows ``[N, C]``.
-            rope: cos and sin ``[N, D / 2]`` to rotate q and k with.
+            rope: cos and sin ``[N, D / 2]`` to rotate q and k with: what :meth:`rotated` takes.
             cache: keys and values of earlier tokens; the new ones are added to it.
             rel_bias: ``[H, R]`` or ``[N, H, R]``, added to the scores by relative position.
         """
         qkv = self.qkv(batch.data).unflatten(-1, (-1, self.head_dim))  # [N, H + 2 Hk, D]
         q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = ops.rotary_qk(q, k, *rope)
+            q, k = self.rotated(q, k, rope)
         cu_seqlens_k, max_seqlen_k = batch.cu_seqlens, batch.max_seqlen
         if cache is not None:
             keys, values = cache.append(k, v, batch)
@@ -147,3 +156,15 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Rows ``[N, C]`` of ``batch`` -> ``[N, C]``."""
         return self.out(self.heads(batch, rope, cache, rel_bias))
+
+
+def _head_norm(config: BlockConfig, **factory: Any) -> Norm:
+    return Norm(
+        config.head_size,
+        kind=config.norm,
+        eps=config.norm_eps,
+        bias=config.norm_bias,
+        unit_offset=config.norm_unit_offset,
+        precision=config.norm_precision,
+        **factory,
+    )

@@ -24,13 +24,16 @@ class Block(nn.Module):
     """One transformer block.
 
     - post: ``x = norm1(x + attn(x)); x = norm2(x + mlp(x))`` (BERT, GPT-1);
-    - pre: ``x = x + attn(norm1(x)); x = x + mlp(norm2(x))`` (GPT-2, ModernBERT).
+    - pre: ``x = x + attn(norm1(x)); x = x + mlp(norm2(x))`` (GPT-2, ModernBERT);
+    - sandwich: pre, and each branch through a norm of its own, ``branch_norm1`` and
+      ``branch_norm2``, before it is added (Gemma 2).
 
     With ``layer_scale`` each branch has a learned factor per channel, ``scale1`` and ``scale2``
     (Touvron et al. 2021, arXiv 2103.17239); with ``drop_path`` a sequence may skip it in training.
 
     Args:
         config: of the block.
+        attn: attention in the place of the one that ``config`` describes.
         mlp: rows ``[N, C]`` -> rows ``[N, C]`` in the place of an MLP that ``config`` describes.
     """
 
@@ -42,6 +45,7 @@ class Block(nn.Module):
         self,
         config: BlockConfig,
         *,
+        attn: Attention | None = None,
         mlp: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -49,10 +53,13 @@ class Block(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.post = config.norm_position == "post"
-        self.attn = Attention(config, **factory)
+        self.attn = Attention(config, **factory) if attn is None else attn
         self.mlp = MLP(config, **factory) if mlp is None else mlp
         self.norm1 = _norm(config, **factory) if config.first_norm else nn.Identity()
         self.norm2 = _norm(config, **factory)
+        sandwich = config.norm_position == "sandwich"
+        self.branch_norm1 = _norm(config, **factory) if sandwich else nn.Identity()
+        self.branch_norm2 = _norm(config, **factory) if sandwich else nn.Identity()
         self.attn_drop = Dropout(config.attn_out_dropout)
         self.mlp_drop = Dropout(config.mlp_dropout)
         self.drop_path1, self.drop_path2 = DropPath(config.drop_path), DropPath(config.drop_path)
@@ -111,7 +118,8 @@ class Block(nn.Module):
         heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
         if rows is not None:
             x, heads = ops.gather_rows(x, rows), ops.gather_rows(heads, rows)
-        branch = self.drop_path1(self.attn_drop(self.attn.out(heads)), batch, rows)
+        branch = self.attn_drop(self.branch_norm1(self.attn.out(heads)))
+        branch = self.drop_path1(branch, batch, rows)
         if self.post:
             x = _norm_of_sum(self.norm1, branch, x, self.scale1)
             return x, x
@@ -124,7 +132,7 @@ class Block(nn.Module):
 
     def joined(self, branch: Tensor, x: Tensor, batch: PackedBatch, rows: Tensor | None) -> Tensor:
         """The residual stream with what the MLP made of it, ``[M, C]`` each."""
-        branch = self.drop_path2(self.mlp_drop(branch), batch, rows)
+        branch = self.drop_path2(self.mlp_drop(self.branch_norm2(branch)), batch, rows)
         if self.post:
             return _norm_of_sum(self.norm2, branch, x, self.scale2)
         return _sum(branch, x, self.scale2)
@@ -147,6 +155,7 @@ def _norm(config: BlockConfig, **factory: Any) -> Norm:
         kind=config.norm,
         eps=config.norm_eps,
         bias=config.norm_bias,
+        unit_offset=config.norm_unit_offset,
         precision=config.norm_precision,
         **factory,
     )
@@ -180,12 +189,13 @@ class Stack(nn.Module):
             blocks = [Block(c, device=device, dtype=dtype) for c in unique]
         self.blocks = nn.ModuleList(blocks)
         # One table per distinct base; blocks refer to theirs by position in this list.
-        thetas = [c.rope_theta if c.position == "rope" else None for c in configs]
-        distinct = list(dict.fromkeys(t for t in thetas if t is not None))
+        bases = [(c.rope_theta, c.rope_scaling) if c.position == "rope" else None for c in configs]
+        distinct = list(dict.fromkeys(b for b in bases if b is not None))
         self.rotaries = nn.ModuleList(
-            Rotary(configs[0].head_size, theta, device=device) for theta in distinct
+            Rotary(configs[0].head_size, theta, scaling=scaling, device=device)
+            for theta, scaling in distinct
         )
-        self.rotary_of = [None if t is None else distinct.index(t) for t in thetas]
+        self.rotary_of = [None if b is None else distinct.index(b) for b in bases]
 
     def forward(
         self,

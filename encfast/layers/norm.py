@@ -34,6 +34,8 @@ class Norm(nn.Module):
         kind: ``"layernorm"`` or ``"rmsnorm"``.
         eps: added to the variance (mean square).
         bias: learn a bias; layernorm only.
+        unit_offset: keep the weight as its difference from 1, as Gemma does: weight decay then
+            pulls the factor to 1.
         precision: see above.
     """
 
@@ -47,6 +49,7 @@ class Norm(nn.Module):
         kind: Literal["layernorm", "rmsnorm"] = "layernorm",
         eps: float = 1e-5,
         bias: bool = True,
+        unit_offset: bool = False,
         precision: NormPrecision = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -54,6 +57,7 @@ class Norm(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.kind, self.eps, self.precision = dim, kind, eps, precision
+        self.unit_offset = unit_offset
         self.weight = nn.Parameter(torch.empty(dim, **factory))
         with_bias = bias and kind == "layernorm"
         self.register_parameter(
@@ -62,8 +66,8 @@ class Norm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
-        nn.init.ones_(self.weight)
+        """A factor of 1, bias 0."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -127,6 +131,8 @@ class Norm(nn.Module):
         weight, bias = (
             p if p is None or low is None else p.to(low) for p in (self.weight, self.bias)
         )
+        if self.unit_offset:
+            weight = 1 + weight.float()  # as the op computes
         return ops.add_norm(
             x,
             residual,
@@ -144,6 +150,8 @@ class Norm(nn.Module):
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        if self.unit_offset:
+            weight = 1 + weight
         if self.kind == "rmsnorm":
             return F.rms_norm(x, (self.dim,), weight, self.eps)
         return F.layer_norm(x, (self.dim,), weight, bias, self.eps)

@@ -188,6 +188,28 @@ class PatchEmbed(ExactBuffers):
         return f"patch={self.patch}, channels={self.channels}"
 
 
+def tubelets(clips: PackedBatch, depth: int) -> PackedBatch:
+    """Frames ``[N, C, H, W]`` of clips -> ``[T, C, depth, H, W]``, one row per time index.
+
+    Raises:
+        ValueError: (on the CPU) for a clip whose length ``depth`` does not divide.
+    """
+    if clips.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_lengths(clips, depth)
+    rows = clips.data.unflatten(0, (clips.total // depth, depth)).transpose(1, 2)
+    return PackedBatch(rows, clips.cu_seqlens // depth, clips.max_seqlen // depth)
+
+
+def _check_lengths(clips: PackedBatch, depth: int) -> None:
+    odd = (clips.lengths() % depth).nonzero().flatten()
+    if odd.numel():
+        b = int(odd[0])
+        raise ValueError(
+            f"clip {b} has {int(clips.lengths()[b])} frames, expected a multiple of {depth}, the "
+            "depth of a tubelet"
+        )
+
+
 def flat_kernel(dim: int, channels: int, patch: Sequence[int]) -> dict[str, Any]:
     """``shapes`` of the :class:`encfast.weights.Tied` of ``proj.weight`` and a convolution's."""
     return {"shapes": ((dim, channels * math.prod(patch)), (dim, channels, *patch))}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from encfast.config import RopeScaling
 from encfast.layers.exact import ExactBuffers
 
 
@@ -17,17 +20,23 @@ class Rotary(ExactBuffers):
     Args:
         head_dim: D, even.
         theta: base of the frequencies.
+        scaling: of their wavelengths; None: none.
     """
 
     inv_freq: Tensor
 
     def __init__(
-        self, head_dim: int, theta: float, *, device: torch.device | str | None = None
+        self,
+        head_dim: int,
+        theta: float,
+        *,
+        scaling: RopeScaling | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
-        self.head_dim, self.theta = head_dim, theta
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
         empty = torch.empty(head_dim // 2, dtype=torch.float32, device=device)
         self.register_buffer("inv_freq", empty, persistent=False)
         self.reset_parameters()
@@ -37,8 +46,11 @@ class Rotary(ExactBuffers):
         if self.inv_freq.is_meta:
             return
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        frequency = 1.0 / self.theta**exponent
+        if self.scaling is not None:
+            frequency = _scaled(frequency, self.scaling)
         with torch.no_grad():
-            self.inv_freq.copy_(1.0 / self.theta**exponent)
+            self.inv_freq.copy_(frequency)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 ``[N, D / 2]``, for integer ``positions`` ``[N]``."""
@@ -48,3 +60,9 @@ class Rotary(ExactBuffers):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"head_dim={self.head_dim}, theta={self.theta:g}"
+
+
+def _scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original * frequency / (2 * math.pi)  # of the original length
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)

@@ -38,6 +38,7 @@ from encfast.data.clips import ClipBatch
 from encfast.layers import PatchEmbed
 from encfast.layers.base import Model, init_xavier
 from encfast.layers.dropout import StaticFloat
+from encfast.layers.patch import tubelets
 from encfast.models._vivit_adapters import Adapter, make_adapter, zero_branch
 from encfast.models._vivit_encoder import Encoder
 from encfast.models._vivit_training import TRAINING, Recipe
@@ -223,12 +224,10 @@ class Vivit(Model):
 
     def _tubelets(self, clips: PackedBatch) -> PackedBatch:
         """Frames ``[N, C, H, W]`` -> ``[T, C, t, H, W]``, one row per time index."""
-        size, depth = tuple(clips.data.shape[2:]), self.config.patch_size[0]
+        size = tuple(clips.data.shape[2:])
         if size != self.config.image_size:
             raise ValueError(f"clips has frames of {size}, expected {self.config.image_size}")
-        _check_lengths(clips, depth)
-        rows = clips.data.unflatten(0, (clips.total // depth, depth)).transpose(1, 2)
-        return PackedBatch(rows, clips.cu_seqlens // depth, clips.max_seqlen // depth)
+        return tubelets(clips, self.config.patch_size[0])
 
     def _spatial(self, tubelets: Tensor) -> Tensor:
         """``[T, C, t, H, W]`` -> ``[T, C]`` or ``[T, 1 + P, C]``."""
@@ -369,18 +368,6 @@ class Vivit(Model):
         still = torch.randn(len(frames), *shape, **draw)
         labels = torch.randint(c.num_labels, (len(frames),), **draw)
         return ClipBatch(clips.with_data(clips.data + still[clips.segment_ids()]), labels)
-
-
-def _check_lengths(clips: PackedBatch, depth: int) -> None:
-    if clips.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    odd = (clips.lengths() % depth).nonzero().flatten()
-    if odd.numel():
-        b = int(odd[0])
-        raise ValueError(
-            f"clip {b} has {int(clips.lengths()[b])} frames, expected a multiple of {depth}, the "
-            "depth of a tubelet"
-        )
 
 
 VARIANTS = {

@@ -1,0 +1,72 @@
+"""VL-JEPA's towers under transformers' names: VJEPA2Model, LlamaModel, Gemma3TextModel."""
+
+from __future__ import annotations
+
+from encfast.layers.patch import flat_kernel
+from encfast.models._vl_jepa_config import VisionConfig
+from encfast.weights import Tied, both
+
+
+def vision_names(config: VisionConfig) -> list[Tied]:
+    """Of :class:`VisionEncoder`, in a ``VJEPA2Model`` (whose own predictor has no counterpart)."""
+    kernel = flat_kernel(config.dim, config.channels, config.patch_size)
+    patches = "encoder.embeddings.patch_embeddings.proj"
+    names = [
+        Tied("embed.proj.weight", (f"{patches}.weight",), **kernel),
+        Tied("embed.proj.bias", (f"{patches}.bias",)),
+        *both("norm", "encoder.layernorm"),
+    ]
+    for i in range(config.depth):
+        ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
+        names += [
+            *both(f"{ours}.norm1", f"{theirs}.norm1"),
+            *both(
+                f"{ours}.attn.qkv", *(f"{theirs}.attention.{x}" for x in ("query", "key", "value"))
+            ),
+            *both(f"{ours}.attn.out", f"{theirs}.attention.proj"),
+            *both(f"{ours}.norm2", f"{theirs}.norm2"),
+            *both(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+            *both(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+        ]
+    return names
+
+
+def llama_names(depth: int, *, first: int = 0) -> list[Tied]:
+    """Of :class:`Llama`, in a ``LlamaModel`` from its layer ``first`` on (8 of Llama 3.2 1B)."""
+    pairs = [("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")]
+    return [Tied("norm.weight", ("norm.weight",)), *_layers(depth, first, pairs)]
+
+
+def gemma_names(depth: int) -> list[Tied]:
+    """Of :class:`TextEncoder`, its projection left out, in a ``Gemma3TextModel``."""
+    pairs = [
+        ("norm1", "input_layernorm"),
+        ("branch_norm1", "post_attention_layernorm"),
+        ("norm2", "pre_feedforward_layernorm"),
+        ("branch_norm2", "post_feedforward_layernorm"),
+        ("attn.q_norm", "self_attn.q_norm"),
+        ("attn.k_norm", "self_attn.k_norm"),
+    ]
+    return [
+        Tied("tokens.weight", ("embed_tokens.weight",)),
+        Tied("norm.weight", ("norm.weight",)),
+        *_layers(depth, 0, pairs),
+    ]
+
+
+def _layers(depth: int, first: int, pairs: list[tuple[str, str]]) -> list[Tied]:
+    """What Llama and Gemma have in common, and ``pairs`` of further names."""
+    names = []
+    for i in range(depth):
+        ours, theirs = f"stack.blocks.{i}", f"layers.{first + i}"
+        fused = {
+            "attn.qkv": tuple(f"self_attn.{x}_proj" for x in "qkv"),
+            "attn.out": ("self_attn.o_proj",),
+            "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+            "mlp.down": ("mlp.down_proj",),
+        } | {a: (b,) for a, b in pairs}
+        names += [
+            Tied(f"{ours}.{a}.weight", tuple(f"{theirs}.{name}.weight" for name in parts))
+            for a, parts in fused.items()
+        ]
+    return names
