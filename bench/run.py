@@ -30,6 +30,7 @@ BENCHES = (
     "training",
     "mae",
     "vivit",
+    "frozen_in_time",
     "varlen_attn",
     "pad",
     "patch_gather",

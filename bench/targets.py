@@ -242,6 +242,16 @@ TARGETS: tuple[Target, ...] = (
     *_vocab_head("fp32"),
     *_vocab_head("bf16"),
     *(
+        Target(
+            "divided attention fwd+bwd fp32, 4 frames",
+            "frozen_in_time/attention-F4-fwd+bwd-fp32",
+            ("encfast divided",),
+            (peer,),
+            *bar,
+        )
+        for peer, bar in {"SDPA joint": (1.4, 1.7), "encfast joint": (1.15, 1.4)}.items()
+    ),
+    *(
         t
         for phase in ("fwd", "fwd+bwd")
         for dtype in ("fp32", "bf16")

@@ -3,7 +3,7 @@
 A model file gets these tests by registering. They assume `loss(batch).total`, and either
 `example_batch(generator, lengths=...)` with `.tokens` or `.clips` (a PackedBatch of ids, or of
 numbers) and a model of these, or, of images, `example_batch(generator, batch_size=...)` with
-`.images` and `.mask` and `model(images, mask)`.
+`.images`, where there is one `.mask`, and `model(images, mask)`.
 """
 
 import copy
@@ -26,9 +26,9 @@ RAGGED = [9, 0, 1, 14, 30]
 
 
 def create(name: str, **kwargs):
-    """Without dropout, so that two passes compare."""
+    """Without dropout and noise, so that two passes compare."""
     fields = dataclasses.fields(get_config(name))
-    quiet = {f.name: 0.0 for f in fields if f.name.endswith("dropout")}
+    quiet = {f.name: 0.0 for f in fields if f.name == "noise" or f.name.endswith("dropout")}
     return encfast.create(name, **quiet | kwargs)
 
 
@@ -64,7 +64,7 @@ def reads_ids(name: str) -> bool:
 def outputs(model, batch) -> list[torch.Tensor]:
     """The floating tensors that forward returns."""
     if sees_images(model):
-        out = model(batch.images, batch.mask)
+        out = model(batch.images, *([batch.mask] if hasattr(batch, "mask") else []))
     else:
         out = model(getattr(batch, packed_field(batch)))
     found = [t for t in tensors(out) if t.is_floating_point()]
