@@ -41,6 +41,7 @@ BENCHES = (
     "seg_pool",
     "moe",
     "linear_cross_entropy",
+    "linear_seg_max",
     "packed_linear",
     "rank_loss",
 )
