@@ -85,6 +85,33 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets)
 
 
+def bag_of_words_loss(pooled: Tensor, words: PackedBatch) -> Tensor:
+    """Mean over sequences of ``-sum_v w_v log softmax(pooled)_v``: which words a text consists of.
+
+    w_v is 1 / L for the entries v among a sequence's L words. An entry that occurs again counts
+    once, so that w sums to less than 1 then. A sequence without words counts for nothing.
+
+    Source: Xiao et al., RetroMAE v2 (arXiv 2305.02564), weights as its published code has them.
+
+    Args:
+        pooled: ``[B, V]``, as :func:`encfast.ops.linear_seg_max` returns it.
+        words: ids ``[M]`` in [0, V), B sequences.
+
+    Raises:
+        ValueError: if the numbers of sequences differ.
+    """
+    if words.batch_size != pooled.shape[0]:
+        raise ValueError(
+            f"words has {words.batch_size} sequences, expected {pooled.shape[0]} like pooled"
+        )
+    pooled, owners = _wide(pooled), words.segment_ids()
+    length = words.lengths()
+    share = length.to(pooled.dtype).reciprocal()[owners]
+    w = torch.zeros_like(pooled).index_put((owners, words.data.long()), share)
+    losses = w.sum(1) * pooled.logsumexp(1) - (w * pooled).sum(1)
+    return losses.sum() / (length > 0).sum().clamp(min=1)
+
+
 def next_tokens(tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
     """int64 ``[N]``: the token after each row, -100 at the last row of a sequence.
 

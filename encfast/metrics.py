@@ -49,6 +49,18 @@ def spearman(predicted: Tensor, labels: Tensor) -> float:
     return pearson(_ranks(predicted), _ranks(labels))
 
 
+def mean_reciprocal_rank(scores: Tensor, relevant: Tensor) -> float:
+    """Mean of 1 / rank of the one right candidate; candidates of equal scores stand before it.
+
+    Args:
+        scores: ``[Q, D]`` of every query and candidate.
+        relevant: int64 ``[Q]`` in [0, D).
+    """
+    _check(scores[:, 0], relevant)
+    own = scores.gather(1, relevant[:, None])
+    return (scores >= own).sum(1).double().reciprocal().mean().item()
+
+
 def exact_match(start: Tensor, end: Tensor, starts: Tensor, ends: Tensor) -> float:
     """Share of spans with both borders right; all ``[M]``, -1 and -1 for "no answer"."""
     _check(start, starts)

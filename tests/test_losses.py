@@ -263,6 +263,29 @@ def test_load_balance_matches_the_formula_and_its_gradient():
         torch.testing.assert_close(got, want)
 
 
+def test_bag_of_words_counts_an_entry_once():
+    pooled = torch.randn(3, 9, requires_grad=True)
+    words = PackedBatch.from_list([[2, 5, 2, 7], [], [4]], dtype=torch.int64)
+    w = torch.zeros(3, 9)
+    w[0, [2, 5, 7]], w[2, 4] = 0.25, 1.0
+    expected = -(w * pooled.log_softmax(1)).sum() / 2
+    loss = losses.bag_of_words_loss(pooled, words)
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(x, pooled)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_bag_of_no_words_is_zero(count):
+    pooled = torch.randn(count, 9, requires_grad=True)
+    words = PackedBatch.from_list([[]] * count, dtype=torch.int64)
+    loss = losses.bag_of_words_loss(pooled, words)
+    loss.backward()
+    assert loss == 0 and not pooled.grad.any()
+    with pytest.raises(ValueError, match=f"words has {count} sequences, expected 5"):
+        losses.bag_of_words_loss(torch.randn(5, 9), words)
+
+
 def test_load_balance_of_sigmoid_scores_is_normalised():
     logits = torch.randn(20, 5)
     loss = losses.load_balance_loss(routed(logits, 2, scoring="sigmoid"), normalise=True)

@@ -49,12 +49,28 @@ def mask_tokens(
     Raises:
         ValueError: for a probability or share outside of its range, or an id outside of [0, V).
     """
-    _check(vocab_size, mask_id, prob, mask_share, random_share, special_ids)
+    check_masking(vocab_size, mask_id, prob, mask_share, random_share, special_ids)
+    ids = tokens.data
+    special = torch.isin(ids, ids.new_tensor(list(special_ids)))
+    drawn = torch.rand(ids.shape, generator=generator, device=ids.device)
+    rows = ((drawn < prob) & ~special).nonzero().flatten()
+    shares = mask_share, random_share
+    return replace_rows(tokens, rows, vocab_size, mask_id, *shares, generator=generator)
+
+
+def replace_rows(
+    tokens: PackedBatch,
+    rows: Tensor,
+    vocab_size: int,
+    mask_id: int,
+    mask_share: float,
+    random_share: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> MaskedTokens:
+    """The second half of :func:`mask_tokens`: ``rows``, int64 ``[M]`` ascending, are chosen."""
     ids = tokens.data
     draw = {"generator": generator, "device": ids.device}
-    special = torch.isin(ids, ids.new_tensor(list(special_ids)))
-    chosen = (torch.rand(ids.shape, **draw) < prob) & ~special
-    rows = chosen.nonzero().flatten()
     targets = ids[rows]
     fate = torch.rand(rows.shape, **draw)
     random_ids = torch.randint(vocab_size, rows.shape, **draw).to(ids.dtype)
@@ -64,14 +80,15 @@ def mask_tokens(
     return MaskedTokens(tokens.with_data(ids.index_copy(0, rows, shown)), rows, targets.long())
 
 
-def _check(
+def check_masking(
     vocab_size: int,
     mask_id: int,
     prob: float,
     mask_share: float,
     random_share: float,
-    special_ids: Sequence[int],
+    special_ids: Sequence[int] = (),
 ) -> None:
+    """Raises the ValueErrors of :func:`mask_tokens`."""
     if not 0 <= prob <= 1:
         raise ValueError(f"prob must be in [0, 1], got {prob}")
     if min(mask_share, random_share) < 0 or mask_share + random_share > 1 + 1e-9:

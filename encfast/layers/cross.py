@@ -65,6 +65,7 @@ class CrossAttention(nn.Module):
         values: Tensor | None = None,
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Rows ``[N, C]`` of the queries -> ``[N, C]``.
 
@@ -75,6 +76,8 @@ class CrossAttention(nn.Module):
                 (CAE norms the two apart); None: the context.
             query_positions, key_positions: ``[N, C]`` and ``[Nk, Ck]``, added to the input of q
                 and of k, not of v.
+            bias: one matrix ``[Lq, Lk]`` per sequence, packed: what hides keys, or is added to
+                scores; as :func:`encfast.ops.varlen_attn` takes it.
 
         Raises:
             ValueError: if the batches have different numbers of sequences.
@@ -98,6 +101,7 @@ class CrossAttention(nn.Module):
             cu_seqlens_k=context.cu_seqlens,
             max_seqlen_q=queries.max_seqlen,
             max_seqlen_k=context.max_seqlen,
+            bias=bias,
             softcap=self.softcap,
             dropout_p=(self.attn_dropout or None) if self.training else None,
         )  # [N, H, D]

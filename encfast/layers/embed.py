@@ -80,15 +80,24 @@ class Embeddings(nn.Module):
         Raises:
             ValueError: if a sequence is longer than the position table.
         """
-        x = self.word(tokens.data)
+        return self.around(tokens.with_data(self.word(tokens.data)), segments, positions)
+
+    def around(
+        self,
+        rows: PackedBatch,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> PackedBatch:
+        """The same around rows ``[N, C]`` in the words' place; transformers' inputs_embeds."""
+        x = rows.data
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))
         if self.position is not None:
-            if tokens.max_seqlen > self.max_positions:
+            if rows.max_seqlen > self.max_positions:
                 raise ValueError(
-                    f"a sequence has {tokens.max_seqlen} tokens, the position table "
+                    f"a sequence has {rows.max_seqlen} tokens, the position table "
                     f"{self.max_positions}; truncate, or build the model with more positions"
                 )
-            places = tokens.positions() if positions is None else positions
+            places = rows.positions() if positions is None else positions
             x = x + F.embedding(places + self.position_offset, self.position.weight)
-        return tokens.with_data(self.drop(self.norm(x)))
+        return rows.with_data(self.drop(self.norm(x)))

@@ -54,7 +54,11 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[M, C]`` -> logits ``[M, V]``."""
-        return self.decoder(self.norm(self.act(self.dense(x))))
+        return self.decoder(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """``[M, C]`` -> ``[M, E]``, what the decoder reads: for losses without the logits."""
+        return self.norm(self.act(self.dense(x)))
 
 
 class ClassificationHead(nn.Module):

@@ -7,6 +7,7 @@ from .glu import glu
 from .grouped_mm import grouped_mm
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
+from .linear_seg_max import linear_seg_max
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
@@ -37,10 +38,11 @@ OPS = (
     "rank_loss",
     "linear_cross_entropy",
     "linear_kl",
+    "linear_seg_max",
 )
 
 # Ops that run on the C++ of another one.
-LENT_CORES = {"linear_kl": "linear_cross_entropy"}
+LENT_CORES = {"linear_kl": "linear_cross_entropy", "linear_seg_max": "seg_pool"}
 
 __all__ = [
     "LENT_CORES",
@@ -59,6 +61,7 @@ __all__ = [
     "jitter_rows",
     "linear_cross_entropy",
     "linear_kl",
+    "linear_seg_max",
     "masked_norm",
     "pack_linear",
     "packed_linear",

@@ -62,12 +62,7 @@ def _check(x, cu_seqlens, weights, how) -> None:
     check_dtype(op, "x", x, *FLOAT_DTYPES, hint="; for float64 use encfast.ref.seg_pool")
     if x.shape[1] < 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected at least one channel")
-    check_tensor(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]")
-    check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
-    check_device(op, "cu_seqlens", cu_seqlens, "x", x)
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens is empty, expected [B + 1] entries")
-    check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", None)
+    check_segments(op, x, cu_seqlens)
     if how not in HOWS:
         raise ValueError(f"{op}: how is {how!r}, expected one of {', '.join(map(repr, HOWS))}")
     if weights is None:
@@ -89,6 +84,16 @@ def _check(x, cu_seqlens, weights, how) -> None:
             lambda w: (w >= 0) & w.isfinite(),
             lambda: "expected finite numbers >= 0",
         )
+
+
+def check_segments(op: str, x: Tensor, cu_seqlens: Tensor) -> None:
+    """int32 [B + 1], where segments of x's rows begin."""
+    check_tensor(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]")
+    check_dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    check_device(op, "cu_seqlens", cu_seqlens, "x", x)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens is empty, expected [B + 1] entries")
+    check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, x.shape[0], "max_seqlen", None)
 
 
 @torch.library.register_fake("encfast::seg_pool")

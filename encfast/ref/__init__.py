@@ -8,6 +8,7 @@ from .glu import glu
 from .grouped_mm import grouped_mm
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
+from .linear_seg_max import linear_seg_max
 from .moe_route import (
     moe_jitter,
     moe_permute,
@@ -40,6 +41,7 @@ __all__ = [
     "info_nce",
     "linear_cross_entropy",
     "linear_kl",
+    "linear_seg_max",
     "moe_jitter",
     "moe_permute",
     "moe_route",

@@ -140,6 +140,18 @@ def check_linear_kl():
     )
 
 
+def check_linear_seg_max():
+    cu_seqlens = torch.tensor([0, 17, 17, 40], dtype=torch.int32)
+    inputs = {"x": torch.randn(40, 30), "weight": torch.randn(90, 30) / 4, "bias": torch.randn(90)}
+    check(
+        "linear_seg_max",
+        lambda **heads: ops.linear_seg_max(cu_seqlens=cu_seqlens, **heads),
+        lambda **heads: ref.linear_seg_max(cu_seqlens=cu_seqlens, **heads)[0],
+        inputs,
+        (3, 90),
+    )
+
+
 def check_packed_linear():
     """Inference only: it has no backward."""
     assert ops.backends("packed_linear")["cpu"] == "native"
@@ -217,8 +229,9 @@ def check_moe_route():
 
 
 def check_seg_pool():
-    cu_seqlens = torch.tensor([0, 17, 17, 60], dtype=torch.int32)
-    inputs = {"x": torch.randn(60, 70), "weights": torch.randn(60)}
+    # Short segments: of a long one's largest values most gradients are 0.
+    cu_seqlens = torch.tensor([0, 2, 2, 4, 5], dtype=torch.int32)
+    inputs = {"x": torch.randn(5, 70), "weights": torch.randn(5)}
     for how in ("max", "attention"):
         check(
             "seg_pool",
@@ -227,7 +240,7 @@ def check_seg_pool():
             ),
             lambda x, weights=None, how=how: ref.seg_pool(x, cu_seqlens, how, weights, True),
             inputs if how == "attention" else {"x": inputs["x"]},
-            (3, 70),
+            (4, 70),
         )
 
 
