@@ -158,9 +158,10 @@ class Uclip(Model):
         Raises:
             ValueError: if the features do not have the same number of rows.
         """
-        rows = {len(x) for x in (batch.clip, batch.multilingual, batch.images, batch.sentences)}
-        if len(rows) != 1:
-            raise ValueError(f"the features have {sorted(rows)} rows, expected one number")
+        # One by one: a set of sizes would compile a graph for each of them.
+        rows = [getattr(batch, name).shape[0] for name in _FEATURES]
+        if any(n != rows[0] for n in rows):
+            raise ValueError(f"the features have {rows} rows, expected one number")
         e, u = (self.multilingual(self.perturbed(x)) for x in (batch.multilingual, batch.sentences))
         t, v = (self.clip(self.perturbed(x)) for x in (batch.clip, batch.images))
         if e.shape[0] == 0:
