@@ -72,8 +72,20 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(choices)}")
 
 
-def check_smoothing(op: str, label_smoothing: float | None, excluded: Tensor | None) -> None:
+def check_hard_negatives(op: str, a: Tensor, hard: Tensor) -> None:
+    check_tensor(op, "hard_negatives", hard, 3, "[B, H, D]")
+    check_dtype(op, "hard_negatives", hard, a.dtype, hint=", the dtype of a; cast one of them")
+    check_device(op, "hard_negatives", hard, "a", a)
+    b, d = a.shape
+    if hard.shape[0] != b or hard.shape[1] < 1 or hard.shape[2] != d:
+        raise ValueError(
+            f"{op}: hard_negatives has shape {tuple(hard.shape)}, expected ({b}, H >= 1, {d})"
+        )
+
+
+def check_smoothing(op: str, label_smoothing: float | None, **options: Tensor | None) -> None:
     if label_smoothing is not None and not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected within [0, 1)")
-    if label_smoothing and excluded is not None:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0 with excluded")
+    given = [name for name, value in options.items() if value is not None]
+    if label_smoothing and given:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0 with {given[0]}")

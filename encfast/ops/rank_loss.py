@@ -3,6 +3,7 @@
     x_ij = logit_scale a_i . b_j                                 (SigLIP: + logit_bias)
     InfoNCE:  rows_i    = log sum_j exp(x_ij) - x_ip             p = positives[i]
               columns_i = log sum_k exp(x_kp) - x_ip
+              a row's own hard negatives h: exp(logit_scale a_i . h) joins the row's sum
               smoothed by e: + e (x_ip - mean of x over the row, or column)
     SigLIP:   loss_i    = sum over j != p of log(1 + exp(x_ij)) + log(1 + exp(-x_ip))
 
@@ -33,6 +34,7 @@ from ._rank_loss_checks import (
     check_choice,
     check_excluded,
     check_features,
+    check_hard_negatives,
     check_positives,
     check_scalar,
     check_smoothing,
@@ -206,6 +208,7 @@ def info_nce(
     offset: int = 0,
     excluded: Tensor | None = None,
     negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
     directions: str = "mean",
     label_smoothing: float | None = None,
     reduction: str = "mean",
@@ -224,8 +227,10 @@ def info_nce(
             processes of B rows each.
         excluded: int64 [B], the row of b that is no candidate of each row of a, -1 for none; never
             its positive. Rows of `negatives` count on from those of b. Not with label smoothing.
-        negatives: [Q, D] of a's dtype, more candidates: a queue, or all rows' hard negatives
-            flattened. They are copied behind b.
+        negatives: [Q, D] of a's dtype, candidates of all rows as well, a queue; they are copied
+            behind b.
+        hard_negatives: [B, H, D] of a's dtype, H more candidates of each row alone. A copy in
+            float32 is made of 16 bits. Not with label smoothing.
         directions: "mean" (CLIP) or "sum" of the losses along rows and columns, or "rows" alone.
         label_smoothing: e of the formula, in [0, 1); None is 0.
         reduction: "mean" over the rows that have a positive, "sum", or "none".
@@ -246,7 +251,7 @@ def info_nce(
     check_features(op, a, "b", b)
     check_choice(op, "directions", directions, DIRECTIONS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    check_smoothing(op, label_smoothing, excluded)
+    check_smoothing(op, label_smoothing, excluded=excluded, hard_negatives=hard_negatives)
     scale = _scalar(op, "logit_scale", logit_scale, a, positive=True)
     positives = _positives(op, positives, offset, a, b)
     if negatives is not None:
@@ -257,6 +262,8 @@ def info_nce(
     row, col, positive, _, _ = torch.ops.encfast.info_nce(a, b, scale, positives, excluded, both)
     if label_smoothing:
         row, col = _smoothed(row, col, positive, a, b, scale, positives, label_smoothing)
+    if hard_negatives is not None:
+        row = _with_hard_negatives(row, positive, a, hard_negatives, scale, positives >= 0)
     loss = row + col if both else row
     return _reduced(loss / 2 if directions == "mean" else loss, reduction, positives)
 
@@ -324,6 +331,14 @@ def _positives(op: str, positives: Tensor | None, offset: int, a: Tensor, b: Ten
             "positives where rows do not correspond"
         )
     return torch.arange(a.shape[0], device=a.device) + offset
+
+
+def _with_hard_negatives(row, positive, a, hard, scale, has) -> Tensor:
+    """The rows' losses with more terms in their sums; 0 stays 0."""
+    check_hard_negatives("info_nce", a, hard)
+    x = scale.float() * (hard.float() @ a.float()[:, :, None])[..., 0]  # [B, H]
+    more = (x - positive[:, None]).logsumexp(1)
+    return torch.logaddexp(row, more).where(has, 0)
 
 
 def _smoothed(row, col, positive, a, b, scale, positives, e) -> tuple[Tensor, Tensor]:

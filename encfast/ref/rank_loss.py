@@ -19,6 +19,7 @@ def info_nce(
     positives: Tensor,
     excluded: Tensor | None = None,
     negatives: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
     directions: str = "mean",
     label_smoothing: float = 0.0,
     reduction: str = "mean",
@@ -27,7 +28,13 @@ def info_nce(
     x = _logits(a, b if negatives is None else torch.cat([b, negatives]), logit_scale)
     x = _hidden(x, excluded)
     has, column = positives >= 0, positives.clamp(min=0)
-    along = [x.log_softmax(1)] + ([] if directions == "rows" else [x.log_softmax(0)])
+    of_rows = [x]
+    if hard_negatives is not None:
+        own = hard_negatives.to(x.dtype) @ a.to(x.dtype)[:, :, None]  # [B, H, 1]
+        of_rows.append(logit_scale.to(x.dtype) * own[..., 0])
+    along = [torch.cat(of_rows, 1).log_softmax(1)] + (
+        [] if directions == "rows" else [x.log_softmax(0)]
+    )
     uniform = [along[0].mean(1), *(log_p.mean(0)[column] for log_p in along[1:])]
     losses = [
         -(1 - label_smoothing) * log_p.gather(1, column[:, None])[:, 0] - label_smoothing * mean

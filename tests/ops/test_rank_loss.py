@@ -163,6 +163,31 @@ def test_what_is_excluded_has_no_influence(directions):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("directions", ["mean", "rows"])
+def test_hard_negatives_of_a_row(directions, dtype):
+    shape = (40, 52, 48)
+    inputs = features(shape, dtype) | {"hard_negatives": rows((40, 3, 48), dtype) / 7}
+    positives = some_positives(shape)
+    assert_loss("info_nce", shape, dtype, inputs=inputs, positives=positives, directions=directions)
+
+
+@pytest.mark.quick
+def test_hard_negatives_are_of_their_row_alone_and_may_be_huge():
+    shape = (40, 52, 48)
+    inputs, positives = features(shape), some_positives(shape)
+    loss = functools.partial(ops.info_nce, positives=positives, reduction="none", directions="rows")
+    hard = torch.zeros(40, 2, 48)
+    hard[7, 1] = 1e3 * inputs["a"][7]
+    found = results(loss, inputs | {"hard_negatives": hard}, [torch.ones(40)])
+    logit = 1e4 * inputs["a"][7].square().sum()
+    assert logit > 5e3 and found["out0"][7] > 0.9 * logit
+    assert all(v.isfinite().all() for v in found.values())
+    hard[7, 1] = 0
+    assert torch.equal(found["out0"].ne(loss(**inputs, hard_negatives=hard)), torch.arange(40) == 7)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_siglip_reductions(reduction):
     shape = SHAPES["chunks"]

@@ -198,6 +198,16 @@ INFO_NCE_ERRORS = {
         {"positives": POS, "excluded": torch.tensor([4, 0, -1, 2])},
         ValueError,
     ),
+    r"hard_negatives has shape \(5, 6\), expected 3-D": ({"hard_negatives": B}, ValueError),
+    r"hard_negatives has shape \(3, 1, 6\), expected \(4, H >= 1, 6\)": (
+        {"hard_negatives": A[:3, None]},
+        ValueError,
+    ),
+    "hard_negatives is float16": ({"hard_negatives": A[:, None].half()}, TypeError),
+    "label_smoothing is 0.1, expected 0 with hard_negatives": (
+        {"hard_negatives": A[:, None], "label_smoothing": 0.1},
+        ValueError,
+    ),
     "label_smoothing is 0.1, expected 0 with excluded": (
         {"positives": POS, "excluded": POS - 1, "label_smoothing": 0.1},
         ValueError,
