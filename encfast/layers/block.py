@@ -16,6 +16,7 @@ from encfast.layers.cache import KVCache
 from encfast.layers.dropout import Dropout, DropPath, StaticFloat
 from encfast.layers.mlp import MLP
 from encfast.layers.norm import Norm
+from encfast.layers.relative import RelativeBias
 from encfast.layers.rotary import Rotary
 from encfast.packed import PackedBatch
 
@@ -92,17 +93,19 @@ class Block(nn.Module):
         rows: Tensor | None,
         rope: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        rel_bias: Tensor | None = None,
     ) -> Tensor:
         """Only the rows asked for: every row is a key, but Wo, norms and MLP run on ``rows`` alone.
 
         Args:
             batch: rows ``[N, C]``.
             rows: int64 ``[M]`` in [-1, N), -1 being a row of zeros; None: all.
+            rope, cache, rel_bias: see :meth:`Attention.heads`.
 
         Returns:
             ``[M, C]``.
         """
-        seen, x = self.attended(batch, rows, rope, cache)
+        seen, x = self.attended(batch, rows, rope, cache, rel_bias)
         return self.joined(self.mlp(seen), x, batch, rows)
 
     def attended(
@@ -111,11 +114,12 @@ class Block(nn.Module):
         rows: Tensor | None,
         rope: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
+        rel_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The half with attention: what the MLP reads, and the residual stream beside it."""
         x = batch.data
         seen = batch if self.post else batch.with_data(self.norm1(x))
-        heads = self.attn.heads(seen, rope, cache)  # [N, H * D]
+        heads = self.attn.heads(seen, rope, cache, rel_bias)  # [N, H * D]
         if rows is not None:
             x, heads = ops.gather_rows(x, rows), ops.gather_rows(heads, rows)
         branch = self.attn_drop(self.branch_norm1(self.attn.out(heads)))
@@ -168,6 +172,7 @@ class Stack(nn.Module):
         configs: one per block; they may differ in window, rope_theta, first_norm.
         share: use one set of weights for all blocks (ALBERT); the configs must then be equal.
         blocks: the blocks themselves, where ``configs`` do not say all of them.
+        relative: the bias of relative positions that all blocks share (MPNet).
     """
 
     def __init__(
@@ -176,6 +181,7 @@ class Stack(nn.Module):
         *,
         share: bool = False,
         blocks: Sequence[Block] | None = None,
+        relative: RelativeBias | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -188,6 +194,7 @@ class Stack(nn.Module):
             unique = configs[:1] if share else configs
             blocks = [Block(c, device=device, dtype=dtype) for c in unique]
         self.blocks = nn.ModuleList(blocks)
+        self.relative = relative
         # One table per distinct base; blocks refer to theirs by position in this list.
         bases = [(c.rope_theta, c.rope_scaling) if c.position == "rope" else None for c in configs]
         distinct = list(dict.fromkeys(b for b in bases if b is not None))
@@ -215,11 +222,11 @@ class Stack(nn.Module):
         Returns:
             The batch with new rows, or with ``rows`` given a plain ``[M, C]``.
         """
-        tables = self._rope_tables(batch, caches)
+        tables, bias = self._rope_tables(batch, caches), self._rel_bias()
         for i in range(self.depth):
             cache = None if caches is None else caches[i]
             last = rows if i == self.depth - 1 else None
-            x = self._run(i, batch, last, tables, cache)
+            x = self._run(i, batch, last, tables, cache, bias)
             if last is not None:
                 return x
             batch = batch.with_data(x)
@@ -243,10 +250,10 @@ class Stack(nn.Module):
         for i in which:
             if not 0 <= i < self.depth:
                 raise ValueError(f"which holds {i}, expected blocks 0..{self.depth - 1}")
-        tables = self._rope_tables(batch, None)
+        tables, bias = self._rope_tables(batch, None), self._rel_bias()
         kept: dict[int, PackedBatch] = {}
         for i in range(self.depth):
-            batch = batch.with_data(self._run(i, batch, None, tables, None))
+            batch = batch.with_data(self._run(i, batch, None, tables, None, bias))
             if i in which:
                 kept[i] = batch
         return batch, [kept[i] for i in which]
@@ -258,11 +265,15 @@ class Stack(nn.Module):
         rows: Tensor | None,
         tables: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache | None,
+        rel_bias: Tensor | None = None,
     ) -> Tensor:
         block, rope = self.blocks[i % len(self.blocks)], self._rope(i, tables)
         if self.gradient_checkpointing and self.training and cache is None:
-            return _checkpointed(block, batch, rows, rope)
-        return block.forward_rows(batch, rows, rope, cache)
+            return _checkpointed(block, batch, rows, rope, rel_bias)
+        return block.forward_rows(batch, rows, rope, cache, rel_bias)
+
+    def _rel_bias(self) -> Tensor | None:
+        return None if self.relative is None else self.relative()
 
     def _rope(self, i: int, tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
         which = self.rotary_of[i]
@@ -290,9 +301,10 @@ def _checkpointed(
     batch: PackedBatch,
     rows: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
+    rel_bias: Tensor | None,
 ) -> Tensor:
     # Plain tensors in and out: the compiled form of checkpoint takes nothing else.
     def run(data: Tensor) -> Tensor:
-        return block.forward_rows(batch.with_data(data), rows, rope)
+        return block.forward_rows(batch.with_data(data), rows, rope, None, rel_bias)
 
     return checkpoint(run, batch.data, use_reentrant=False)

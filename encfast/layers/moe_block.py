@@ -38,9 +38,10 @@ class MoEBlock(Block):
         rows: Tensor | None,
         rope: Rope = None,
         cache: KVCache | None = None,
+        rel_bias: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`Block.forward_rows`; the router's losses are not computed."""
-        seen, x = self.attended(batch, rows, rope, cache)
+        seen, x = self.attended(batch, rows, rope, cache, rel_bias)
         return self.joined(self.mlp(seen).data, x, batch, rows)
 
     def forward_with_losses(
