@@ -79,7 +79,11 @@ def test_names_are_unique_and_pairs_exist(suite):
 def test_full_holds_quick():
     quick, full = (run.collect(harness.Setting(suite=s)) for s in ("quick", "full"))
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
-    slow = {"linear_cross_entropy", "rank_loss"}  # seconds a call, most of them in the peers
+    slow = {
+        "linear_cross_entropy",
+        "partial_ranking",
+        "rank_loss",
+    }  # seconds a call, most of them in the peers
     assert in_quick == {"minilm", "training", "mae", *OPS} - slow - set(LENT_CORES)
     assert in_full == {"bert-base", "moe", "vivit", *in_quick, *slow}
     assert len(full) > len(quick)

@@ -10,6 +10,7 @@ from .linear_kl import linear_kl
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
+from .partial_ranking import candidate_dots, hard_negatives, partial_ranking, teacher_order
 from .patch_gather import (
     PatchSelection,
     fold_patches,
@@ -37,6 +38,7 @@ OPS = (
     "rank_loss",
     "linear_cross_entropy",
     "linear_kl",
+    "partial_ranking",
 )
 
 # Ops that run on the C++ of another one.
@@ -49,12 +51,14 @@ __all__ = [
     "Unpadded",
     "add_norm",
     "backends",
+    "candidate_dots",
     "find_rows",
     "fold_patches",
     "gather_patches",
     "gather_rows",
     "glu",
     "grouped_mm",
+    "hard_negatives",
     "info_nce",
     "jitter_rows",
     "linear_cross_entropy",
@@ -63,6 +67,7 @@ __all__ = [
     "pack_linear",
     "packed_linear",
     "pad",
+    "partial_ranking",
     "permute_rows",
     "restore_rows",
     "rotary",
@@ -74,6 +79,7 @@ __all__ = [
     "select_rows",
     "siglip",
     "sort_choices",
+    "teacher_order",
     "unpad",
     "unpermute_rows",
     "varlen_attn",
