@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from encfast.config import BlockConfig, nearest
 from encfast.layers.patch import IMAGENET_MEAN, IMAGENET_STD
@@ -99,10 +99,7 @@ class CprdConfig:
             mlp_dropout=self.dropout,
         )
 
-    def rule(self) -> dict[str, float | int]:
+    def rule(self) -> dict[str, Any]:
         """What tells valid negatives from others, as `ops.teacher_order` takes it."""
-        return {
-            "threshold": {"threshold": self.threshold},
-            "top_m": {"top_m": self.top_m},
-            "all": {},
-        }[self.validity]
+        rules = {"threshold": {"threshold": self.threshold}, "top_m": {"top_m": self.top_m}}
+        return rules.get(self.validity, {})
