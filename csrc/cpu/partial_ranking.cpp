@@ -94,6 +94,7 @@ float row_loss(const float* dots, int64_t K, int64_t valid, float scale) {
   for (int64_t from = (K - 1) / kBlock * kBlock; from >= 0; from -= kBlock) {
     b.read(dots + from, K - from, scale);
     b.add<true>(b.x, b.n, s);
+    b.fill(b.n, s);
     Vec sums = zeros();
     for (int64_t i = 0; i < smaller(b.n, valid - from); i += kW) {
       const Vec x = load(b.x + i) - load(b.references + i);
@@ -111,6 +112,7 @@ void negative_suffix_sums(const float* dots, int64_t K, int64_t valid, float sca
   for (int64_t from = (K - 1) / kBlock * kBlock; from >= 0; from -= kBlock) {
     b.read(dots + from, K - from, scale);
     b.add<true>(b.x, b.n, s);
+    b.fill(b.n, s);
     if (from >= valid) continue;
     for (int64_t i = 0; i < kBlock; i += kW) {
       const Vec r = load(b.references + i) + log(load(b.totals + i));

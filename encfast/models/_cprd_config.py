@@ -101,5 +101,9 @@ class CprdConfig:
 
     def rule(self) -> dict[str, Any]:
         """What tells valid negatives from others, as `ops.teacher_order` takes it."""
-        rules = {"threshold": {"threshold": self.threshold}, "top_m": {"top_m": self.top_m}}
-        return rules.get(self.validity, {})
+        rules: dict[str, dict[str, Any]] = {
+            "threshold": {"threshold": self.threshold},
+            "top_m": {"top_m": self.top_m},
+            "all": {},
+        }
+        return rules[self.validity]
