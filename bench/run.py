@@ -45,6 +45,7 @@ BENCHES = (
     "linear_seg_max",
     "packed_linear",
     "rank_loss",
+    "partial_ranking",
 )
 
 

@@ -160,6 +160,13 @@ def _info_nce(dtype: str, must: float, stretch: float) -> tuple[Target, ...]:
     )
 
 
+def _partial_ranking(dtype: str, must: float, stretch: float) -> tuple[Target, ...]:
+    spec = f"partial_ranking/B1024-M8192-D256-K4096-fwd+bwd-{dtype}"
+    return (
+        Target(f"partial ranking {dtype}, K=4096", spec, ("encfast",), ("plain",), must, stretch),
+    )
+
+
 def _vocab_head(dtype: str) -> tuple[Target, ...]:
     bars = {"logits of all tokens": (7.0, 9.0), "F.linear_cross_entropy": (1.0, 1.15)}
     spec = f"linear_cross_entropy/mlm-N2048-V50368-C768-{dtype}"
@@ -239,6 +246,8 @@ TARGETS: tuple[Target, ...] = (
     *_mixture("bf16"),
     *_info_nce("fp32", 1.45, 1.65),
     *_info_nce("bf16", 2.1, 2.5),
+    *_partial_ranking("fp32", 3.0, 4.0),
+    *_partial_ranking("bf16", 3.0, 4.0),
     *_vocab_head("fp32"),
     *_vocab_head("bf16"),
     *(

@@ -82,6 +82,7 @@ def test_full_holds_quick():
     slow = {
         "linear_cross_entropy",
         "linear_seg_max",
+        "partial_ranking",
         "rank_loss",
     }  # seconds a call, most of them in the peers
     assert in_quick == {"minilm", "training", "mae", *OPS} - slow - set(LENT_CORES)

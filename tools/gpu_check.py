@@ -36,6 +36,7 @@ CPU_ALONE = (
     "linear_cross_entropy",
     "linear_kl",
     "linear_seg_max",
+    "partial_ranking",
 )
 SANITIZERS = ("memcheck", "racecheck")
 

@@ -11,6 +11,7 @@
 #include "moe_route.h"
 #include "packed_linear.h"
 #include "pad.h"
+#include "partial_ranking.h"
 #include "patch_gather.h"
 #include "rank_loss.h"
 #include "rotary.h"
@@ -32,6 +33,7 @@
   X(MoeRoute, moe_route)                      \
   X(PackedLinear, packed_linear)              \
   X(Pad, pad)                                 \
+  X(PartialRanking, partial_ranking)          \
   X(PatchGather, patch_gather)                \
   X(RankLoss, rank_loss)                      \
   X(Rotary, rotary)                           \

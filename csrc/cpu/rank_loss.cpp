@@ -18,7 +18,7 @@
 #include "rank_loss.h"
 
 #include "isa.h"
-#include "rank_pack.h"
+#include "rank_grad.h"
 #include "rank_tile.h"
 
 namespace encfast::ENCFAST_ISA {
@@ -27,23 +27,6 @@ namespace {
 constexpr int64_t kSide = 960;   // of a stripe and of a block of G: five chunks
 constexpr int64_t kPiece = 320;  // columns of a task where a stripe is shared
 constexpr int64_t kPieces = kSide / kPiece, kChunks = kSide / kChunk;
-constexpr int64_t kSpan = 256;  // channels of a gradient's task
-
-struct Carver {
-  float* next;
-  float* take(int64_t floats) {
-    float* taken = next;
-    next += round_up(floats, kMaxLanes);
-    return taken;
-  }
-};
-
-template <class F>
-void run_tasks(const Pool& pool, int64_t n, F f) {
-  pool.run(
-      pool.self, n, [](int64_t task, int slot, void* ctx) { (*static_cast<F*>(ctx))(task, slot); },
-      &f);
-}
 
 // ---- Forward ----
 
@@ -168,14 +151,9 @@ class Forward {
 
 // ---- Backward ----
 
-// Where fp32 sums of a gradient are held: the gradient itself where whole tiles fit into it.
-bool sums_in_place(const Matrix& grad, int64_t rows, int64_t D) {
-  return grad.dtype == DType::kFloat32 && rows % kShortTileRows == 0 && D % kPanel == 0;
-}
-
 int64_t bwd_slot_floats(const RankProblem& q) {
-  const int64_t logits = left_floats(q.D) + kChunk * kPanel, turned = kTerms * kChunk;
-  return logits > turned ? logits : turned;
+  const int64_t logits = left_floats(q.D) + kChunk * kPanel;
+  return logits > kTurnedFloats ? logits : kTurnedFloats;
 }
 
 int64_t bwd_bytes(const RankProblem& q, int threads) {
@@ -203,7 +181,7 @@ class Backward {
     stripe_.data = c.take(Panels::floats(q_.D, kSide));
     b_terms_.data = c.take(Panels::floats(kSide, q_.D));
     a_terms_.data = c.take(Panels::floats(kSide, q_.D));
-    grads_ = c.take(kSide * kSide);
+    grads_ = {c.take(kSide * kSide), kSide};
     db_sums_ = c.take(kSide * width_);
     partials_ = reinterpret_cast<double*>(c.take(kChunks * kPieces * 4));
     a_in_place_ = sums_in_place(p.da, q_.B, q_.D);
@@ -220,17 +198,12 @@ class Backward {
       for (int64_t row = 0; row < q_.B; row += kSide) {
         run_block(row, smaller(kSide, q_.B - row), column, n);
       }
-      if (p_.db.data) write(db_sums_, p_.db, column, n);
+      if (p_.db.data) write_sums<kT>(pool_, db_sums_, p_.db, column, n, q_.D);
     }
-    if (p_.da.data && !a_in_place_) write(da_sums_, p_.da, 0, q_.B);
+    if (p_.da.data && !a_in_place_) write_sums<kT>(pool_, da_sums_, p_.da, 0, q_.B, q_.D);
   }
 
  private:
-  // G in slices of kTerms columns, each the left operand of a product as it lies.
-  float* grad_at(int64_t row, int64_t column) const {
-    return grads_ + (column / kTerms * kSide + row) * kTerms + column % kTerms;
-  }
-
   float* slot(int index) const { return slots_ + index * round_up(bwd_slot_floats(q_), kMaxLanes); }
 
   void pack_stripe(int64_t column, int64_t n) {
@@ -264,8 +237,13 @@ class Backward {
       const bool for_a = task < of_a;
       if (!for_a) task -= of_a;
       const int64_t chunk = task / spans * kChunk, span = task % spans * kSpan;
-      if (for_a) return add_to_da(row, rows, chunk, n, span, column > 0);
-      add_to_db(rows, chunk, n, span, row > 0, slot(index));
+      if (for_a) {
+        grads_.add_times_b(rows, chunk, n, b_terms_, span, q_.D, da_sums_ + row * width_,
+                           column > 0);
+      } else {
+        grads_.add_transposed_times_a(rows, chunk, n, a_terms_, span, q_.D, db_sums_, row > 0,
+                                      slot(index));
+      }
     });
   }
 
@@ -292,55 +270,10 @@ class Backward {
       multiply_panel(left, rows, stripe_, (piece + j) / kPanel, q_.D, s);
       PanelGrad<kLoss> grad(p_, column + piece + j, smaller(kPanel, n - j));
       for (int64_t i = 0; i < rows; ++i) {
-        grad.run(row + chunk + i, s + i * kPanel, grad_at(chunk + i, piece + j));
+        grad.run(row + chunk + i, s + i * kPanel, grads_.at(chunk + i, piece + j));
       }
       grad.take(sums[0], sums[1]);
     }
-  }
-
-  // da of rows [chunk, +kChunk) of the block, channels [span, +kSpan): G b over n columns.
-  void add_to_da(int64_t row, int64_t rows, int64_t chunk, int64_t n, int64_t span, bool more) {
-    const int count = static_cast<int>(round_up(smaller(kChunk, rows - chunk), kShortTileRows));
-    for (int64_t j = 0; j < n; j += kTerms) {
-      const float* g = grad_at(chunk, j);
-      for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
-        gemm_rows<DotF32, 2, kTerms, 1>(g, count, b_terms_.at(j / kTerms, d / kPanel), kPanel,
-                                        static_cast<int>(smaller(kTerms, n - j)),
-                                        da_sums_ + (row + chunk) * width_ + d,
-                                        static_cast<int>(width_), more || j > 0);
-      }
-    }
-  }
-
-  // db of columns [chunk, +kChunk) of the block: G^T a over its rows.
-  void add_to_db(int64_t rows, int64_t chunk, int64_t n, int64_t span, bool more, float* turned) {
-    const int64_t columns = smaller(kChunk, n - chunk);
-    const int count = static_cast<int>(round_up(columns, kShortTileRows));
-    for (int64_t i = 0; i < rows; i += kTerms) {
-      const int64_t terms = smaller(kTerms, rows - i);
-      for (int64_t j = 0; j < columns; j += kTerms) {
-        pack_across<FloatWord<DType::kFloat32>, kChunk>(
-            reinterpret_cast<const char*>(grad_at(i, chunk + j)), 4 * kTerms, terms,
-            smaller(kTerms, columns - j), turned + j);
-      }
-      for (int64_t d = span; d < smaller(span + kSpan, q_.D); d += kPanel) {
-        gemm_rows<DotF32, 2, 1, kChunk>(turned, count, a_terms_.at(i / kTerms, d / kPanel), kPanel,
-                                        static_cast<int>(terms), db_sums_ + chunk * width_ + d,
-                                        static_cast<int>(width_), more || i > 0);
-      }
-    }
-  }
-
-  void write(const float* sums, const Matrix& grad, int64_t row, int64_t n) {
-    run_tasks(pool_, parts(n, kChunk), [&](int64_t chunk, int) {
-      for (int64_t i = chunk * kChunk; i < smaller((chunk + 1) * kChunk, n); ++i) {
-        char* out = row_of<kT>(grad, row + i);
-        const float* from = sums + i * width_;
-        for_columns(q_.D, [&](auto at, int) ENCFAST_INLINE_LAMBDA {
-          store_at<kT>(out, at, load_at<DType::kFloat32>(from, at));
-        });
-      }
-    });
   }
 
   const RankBwdParams& p_;
@@ -348,7 +281,8 @@ class Backward {
   const Pool& pool_;
   const int64_t width_;
   Panels stripe_, b_terms_, a_terms_;
-  float *grads_, *db_sums_, *da_sums_, *slots_;
+  GradBlock grads_;
+  float *db_sums_, *da_sums_, *slots_;
   double* partials_;
   bool a_in_place_;
 };

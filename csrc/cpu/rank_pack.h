@@ -12,6 +12,23 @@ constexpr int64_t kChunk = 192;  // rows of a task; a multiple of every register
 
 constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// A workspace, piece by piece.
+struct Carver {
+  float* next;
+  float* take(int64_t floats) {
+    float* taken = next;
+    next += round_up(floats, kMaxLanes);
+    return taken;
+  }
+};
+
+template <class F>
+void run_tasks(const Pool& pool, int64_t n, F f) {
+  pool.run(
+      pool.self, n, [](int64_t task, int slot, void* ctx) { (*static_cast<F*>(ctx))(task, slot); },
+      &f);
+}
+
 // One block of terms after another, in each the panels of `width` columns.
 struct Panels {
   float* data;

@@ -11,6 +11,7 @@ from .linear_seg_max import linear_seg_max
 from .moe_route import jitter_rows, permute_rows, route_tokens, sort_choices, unpermute_rows
 from .packed_linear import pack_linear, packed_linear
 from .pad import Unpadded, find_rows, gather_rows, pad, scatter_rows, select_rows, unpad
+from .partial_ranking import candidate_dots, hard_negatives, partial_ranking, teacher_order
 from .patch_gather import (
     PatchSelection,
     fold_patches,
@@ -39,6 +40,7 @@ OPS = (
     "linear_cross_entropy",
     "linear_kl",
     "linear_seg_max",
+    "partial_ranking",
 )
 
 # Ops that run on the C++ of another one.
@@ -51,12 +53,14 @@ __all__ = [
     "Unpadded",
     "add_norm",
     "backends",
+    "candidate_dots",
     "find_rows",
     "fold_patches",
     "gather_patches",
     "gather_rows",
     "glu",
     "grouped_mm",
+    "hard_negatives",
     "info_nce",
     "jitter_rows",
     "linear_cross_entropy",
@@ -66,6 +70,7 @@ __all__ = [
     "pack_linear",
     "packed_linear",
     "pad",
+    "partial_ranking",
     "permute_rows",
     "restore_rows",
     "rotary",
@@ -77,6 +82,7 @@ __all__ = [
     "select_rows",
     "siglip",
     "sort_choices",
+    "teacher_order",
     "unpad",
     "unpermute_rows",
     "varlen_attn",

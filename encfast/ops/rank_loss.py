@@ -252,8 +252,8 @@ def info_nce(
     check_choice(op, "directions", directions, DIRECTIONS)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_smoothing(op, label_smoothing, excluded=excluded, hard_negatives=hard_negatives)
-    scale = _scalar(op, "logit_scale", logit_scale, a, positive=True)
-    positives = _positives(op, positives, offset, a, b)
+    scale = scalar_of(op, "logit_scale", logit_scale, a, positive=True)
+    positives = positives_of(op, positives, offset, a, b)
     if negatives is not None:
         check_features(op, a, "negatives", negatives)
         b = torch.cat([b, negatives])
@@ -304,24 +304,24 @@ def siglip(
     op = "siglip"
     check_features(op, a, "b", b)
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    scale = _scalar(op, "logit_scale", logit_scale, a, positive=True)
-    bias = _scalar(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)
+    scale = scalar_of(op, "logit_scale", logit_scale, a, positive=True)
+    bias = scalar_of(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)
     if negative_only and positives is not None:
         raise ValueError(f"{op}: positives are given, expected none with negative_only=True")
     if negative_only:
         positives = torch.full((a.shape[0],), -1, device=a.device)
-    loss = torch.ops.encfast.siglip(a, b, scale, bias, _positives(op, positives, offset, a, b))
+    loss = torch.ops.encfast.siglip(a, b, scale, bias, positives_of(op, positives, offset, a, b))
     return _reduced(loss, reduction)
 
 
-def _scalar(op: str, name: str, x: Tensor | float, a: Tensor, positive: bool) -> Tensor:
+def scalar_of(op: str, name: str, x: Tensor | float, a: Tensor, positive: bool) -> Tensor:
     if isinstance(x, (int, float)):
         x = torch.full((), x, dtype=torch.float32, device=a.device)
     check_scalar(op, name, x, a, positive)
     return x
 
 
-def _positives(op: str, positives: Tensor | None, offset: int, a: Tensor, b: Tensor) -> Tensor:
+def positives_of(op: str, positives: Tensor | None, offset: int, a: Tensor, b: Tensor) -> Tensor:
     if positives is not None:
         check_positives(op, positives, a, b)
         return positives

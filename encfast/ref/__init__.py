@@ -18,6 +18,7 @@ from .moe_route import (
 )
 from .packed_linear import pack_linear, packed_linear
 from .pad import find_rows, gather_rows, scatter_rows
+from .partial_ranking import candidate_dots, hard_negatives, partial_ranking
 from .patch_gather import (
     fold_patches,
     gather_patches,
@@ -32,12 +33,14 @@ from .varlen_attn import varlen_attn
 
 __all__ = [
     "add_norm",
+    "candidate_dots",
     "find_rows",
     "fold_patches",
     "gather_patches",
     "gather_rows",
     "glu",
     "grouped_mm",
+    "hard_negatives",
     "info_nce",
     "linear_cross_entropy",
     "linear_kl",
@@ -48,6 +51,7 @@ __all__ = [
     "moe_unpermute",
     "pack_linear",
     "packed_linear",
+    "partial_ranking",
     "restore_rows",
     "rotary",
     "scatter_rows",

@@ -109,6 +109,23 @@ def check_rank_loss():
         )
 
 
+def check_partial_ranking():
+    a, b, valid = torch.randn(40, 30), torch.randn(500, 30), torch.randint(0, 25, (40,))
+    for rows in (b, b[:60]):  # gathered, and by products with all rows
+        chosen = ops.hard_negatives(a, rows, 24)
+        check(
+            "partial_ranking",
+            lambda chosen=chosen, **f: ops.partial_ranking(
+                **f, candidates=chosen, valid=valid, reduction="none"
+            ),
+            lambda logit_scale, chosen=chosen, **f: ref.partial_ranking(
+                ref.candidate_dots(**f, candidates=chosen), logit_scale, valid
+            ),
+            {"a": a, "b": rows, "logit_scale": torch.tensor(2.0)},
+            (40,),
+        )
+
+
 def check_linear_cross_entropy():
     targets = torch.randint(0, 90, (40,)).where(torch.arange(40) % 3 > 0, -100)
     inputs = {"x": torch.randn(40, 30), "weight": torch.randn(90, 30) / 4, "bias": torch.randn(90)}
