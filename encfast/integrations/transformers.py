@@ -1,4 +1,4 @@
-"""encfast inside of transformers: attention and experts.
+"""encfast inside of transformers: attention, experts, and encoders that run unpadded.
 
     from encfast.integrations import transformers as hook
 
@@ -9,6 +9,12 @@
 padding and its attention alone leaves it out; with ``experts_implementation="encfast"`` the experts
 of a mixture are grouped products. transformers stores neither name: pass it at every load.
 
+    model = hook.accelerate(AutoModel.from_pretrained(folder))
+
+`accelerate` makes an encoder drop its padding once, in front of the first block, and put it back
+behind the last. Names, shapes and values of parameters stay: trainers and adapters see the same
+model.
+
 Source: AttentionInterface, AttentionMaskInterface, ExpertsInterface of transformers 5.18 to 5.24.
 """
 
@@ -18,16 +24,19 @@ from encfast.integrations import _transformers_experts as experts
 from encfast.integrations._transformers_attention import attention_forward
 from encfast.integrations._transformers_experts import experts_forward
 from encfast.integrations._transformers_masks import padding_mask
+from encfast.integrations._transformers_packing import accelerate, restore
 from encfast.integrations._transformers_self_test import register_attention
 from encfast.integrations._transformers_support import CHECKED_WITH, NAME
 
 __all__ = [
     "CHECKED_WITH",
     "NAME",
+    "accelerate",
     "attention_forward",
     "experts_forward",
     "padding_mask",
     "register",
+    "restore",
 ]
 
 
