@@ -92,10 +92,13 @@ def attention_forward(
         return _attend(q, k, v, **lengths, **order, **rule), None
     if attention_mask is not None and attention_mask.dim() == 4:
         bias = _added(attention_mask, position_bias)
+        if attention_mask.dtype == torch.bool:
+            k, v = _without(attention_mask.any(2).any(1), k, v)
         return _attend(q, k, v, **_on_grid(q, k, bias), **rule), None
     if position_bias is not None:
         if attention_mask is not None:
-            position_bias, k, v = _without_keys(attention_mask, position_bias, k, v)
+            position_bias = _added(attention_mask[:, None, None], position_bias)
+            k, v = _without(attention_mask, k, v)
         return _attend(q, k, v, **_on_grid(q, k, position_bias), **order, **rule), None
     if attention_mask is not None:
         return _attend_masked(q, k, v, attention_mask, order, rule), None
@@ -259,9 +262,6 @@ def _added(mask: Tensor, bias: Tensor | None) -> Tensor:
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _without_keys(
-    mask: Tensor, bias: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bias with -inf, and zeros in the keys, where the mask hides a key."""
-    k, v = (x.masked_fill(~mask[:, :, None, None], 0) for x in (k, v))
-    return _added(mask[:, None, None], bias), k, v
+def _without(seen: Tensor, *rows: Tensor) -> list[Tensor]:
+    """``[B, Sk, H, D]`` with zeros where bool ``[B or 1, Sk]`` says that nobody sees a key."""
+    return [x.masked_fill(~seen[:, :, None, None], 0) for x in rows]
