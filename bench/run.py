@@ -43,6 +43,7 @@ BENCHES = (
     "linear_cross_entropy",
     "packed_linear",
     "rank_loss",
+    "integrations",
 )
 
 

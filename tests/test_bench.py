@@ -81,7 +81,7 @@ def test_full_holds_quick():
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
     slow = {"linear_cross_entropy", "rank_loss"}  # seconds a call, most of them in the peers
     assert in_quick == {"minilm", "training", "mae", *OPS} - slow - set(LENT_CORES)
-    assert in_full == {"bert-base", "moe", "vivit", *in_quick, *slow}
+    assert in_full == {"bert-base", "integrations", "moe", "vivit", *in_quick, *slow}
     assert len(full) > len(quick)
 
 

@@ -96,7 +96,8 @@ def poisoned(model: nn.Module, system: str, mask: Tensor):
 def test_padding_may_hold_anything(system):
     model, inputs = model_of(system), inputs_of(system)
     model.set_attn_implementation("encfast")
-    if model.config._attn_implementation != "encfast":
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    if any(c._attn_implementation != "encfast" for c in configs):
         pytest.skip(f"transformers {transformers.__version__} sets {system}'s attention at loading")
     with torch.no_grad():
         expected = states(model(**inputs), inputs)
