@@ -46,6 +46,7 @@ BENCHES = (
     "packed_linear",
     "rank_loss",
     "partial_ranking",
+    "integrations",
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encfast.integrations import _transformers_experts as experts_hook
 from encfast.integrations import transformers as hook
 from encfast.testing import assert_close_to_reference
 
@@ -187,9 +188,9 @@ def test_a_model_by_its_config(tmp_path):
     plain.save_pretrained(tmp_path)
     model = transformers.MixtralModel.from_pretrained(tmp_path, experts_implementation="encfast")
     calls = []
-    forward = hook.ops.grouped_mm
+    forward = experts_hook.ops.grouped_mm
     with mock.patch.object(
-        hook.ops, "grouped_mm", lambda *a, **k: calls.append(1) or forward(*a, **k)
+        experts_hook.ops, "grouped_mm", lambda *a, **k: calls.append(1) or forward(*a, **k)
     ):
         found = model(tokens).last_hidden_state
     assert len(calls) == 4
@@ -267,7 +268,7 @@ def test_a_self_test_that_fails_registers_nothing():
 
     with (
         mock.patch.object(moe.ExpertsInterface, "register") as register,
-        mock.patch.object(hook, "experts_forward", doubled),
+        mock.patch.object(experts_hook, "experts_forward", doubled),
         pytest.raises(RuntimeError, match=f"{transformers.__version__} passes experts in a way"),
     ):
         hook.register()

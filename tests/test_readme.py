@@ -56,6 +56,14 @@ def test_the_short_examples_run(section, results):
         assert names[name].isfinite() and names[name].dim() == 0
 
 
+def test_the_example_of_transformers_runs():
+    pytest.importorskip("transformers")
+    text = (ROOT / "README.md").read_text().split("## Inside transformers")[1]
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["model"].config._attn_implementation == "encfast"
+
+
 def test_every_linked_file_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
     assert links

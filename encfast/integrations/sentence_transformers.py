@@ -1,0 +1,108 @@
+"""Sentence embeddings without padding, in sentence-transformers' own model.
+
+    from encfast.integrations.sentence_transformers import enable
+
+    model = enable(SentenceTransformer(folder))
+
+sentence-transformers can hand over flattened texts, without a grid from the tokenizer on, but only
+to attention implementations with "flash" in their name. This makes the same switch for "encfast":
+its collator packs ids, the attention knows where texts start, its pooling reads the same lengths.
+
+Source: `Transformer._can_flatten_inputs` of sentence-transformers 6.2.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from encfast.integrations import transformers as hook
+
+CHECKED_WITH = "6.2"
+_OLDEST, _NEXT_MAJOR = (6, 2), (7, 0)
+_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# What the switch is made of; a version without one of them has another.
+_PARTS = ("can_flatten_inputs", "model_forward_params", "_infer_flatten_position_offset")
+
+ModelT = TypeVar("ModelT")
+
+
+def enable(model: ModelT) -> ModelT:
+    """Makes a SentenceTransformer run on flattened texts, with encfast's attention.
+
+    An encoder that transformers does not route (MPNet) is accelerated instead, see
+    :func:`encfast.integrations.transformers.accelerate`: the tokenizer pads, blocks do not see it.
+
+    Args:
+        model: a ``SentenceTransformer`` whose first module holds a text encoder. Changed in place.
+
+    Returns:
+        The model; ``encode`` and training give what they gave, up to rounding.
+
+    Raises:
+        ImportError: for a version of sentence-transformers or transformers that is not known.
+        NotImplementedError: for a first module that is no encoder of texts, or one that can neither
+            be flattened nor accelerated; nothing is changed then.
+    """
+    version = _version()
+    first: Any = model[0]  # type: ignore[index]
+    encoder = getattr(first, "model", None)
+    name = f"{type(model).__name__} with sentence-transformers {version}"
+    if not all(hasattr(first, part) for part in _PARTS) or encoder is None:
+        raise NotImplementedError(
+            f"enable: {name} starts with a {type(first).__name__}, expected a Transformer as "
+            f"sentence-transformers {CHECKED_WITH} has it; the model stays as it is"
+        )
+    if not _flat(first):
+        return _accelerated(model, name)
+    from transformers import DataCollatorWithFlattening
+
+    hook.register()
+    encoder.set_attn_implementation(hook.NAME)
+    first.data_collator = DataCollatorWithFlattening(
+        return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+    )
+    if first.model_forward_params is not None:  # None lets everything pass
+        first.model_forward_params |= set(_LENGTHS)
+    first._flatten_position_offset = first._infer_flatten_position_offset()
+    first.can_flatten_inputs = True
+    return model
+
+
+def _version() -> str:
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ImportError(
+            "encfast.integrations.sentence_transformers needs sentence-transformers, which is not "
+            f"installed; it was checked with {CHECKED_WITH}"
+        ) from error
+    version = sentence_transformers.__version__
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if not _OLDEST <= numbers < _NEXT_MAJOR:
+        raise ImportError(
+            f"sentence-transformers {version} is not one that enable() knows: it was checked with "
+            f"{CHECKED_WITH} and takes later ones of version {_OLDEST[0]}; "
+            "encfast.integrations.transformers.accelerate(model) does without its internals"
+        )
+    return version
+
+
+def _flat(first: Any) -> bool:
+    """Whether the module's encoder may see flattened texts, by the rules upstream has for flash."""
+    return (
+        first.transformer_task in ("feature-extraction", "fill-mask")
+        and first.backend == "torch"
+        and "text" in first.modality_config
+        and all(modality["method"] == "forward" for modality in first.modality_config.values())
+        and first.model._can_set_attn_implementation()
+    )
+
+
+def _accelerated(model: Any, name: str) -> Any:
+    try:
+        return hook.accelerate(model)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"enable: {name} cannot run on flattened texts; {error}"
+        ) from error
