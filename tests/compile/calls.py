@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from encfast.kernels import add_norm, glu, grouped_mm, rotary, varlen_attn
+from encfast.kernels import add_norm, glu, grouped_mm, rotary, seg_pool, varlen_attn
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,38 @@ def rotary_part_of_a_head():
     q, k, angles = _bf16(100, 12, 96), _bf16(100, 4, 96), torch.zeros(100, 20)
     for interleaved in (False, True):
         rotary.rotary(q, k, angles, angles, None, interleaved, False)
+
+
+def _seg_pool(C, hows, dtype=torch.bfloat16, N=1000, B=8, normalize=True):
+    """Both ways; of each of `hows`, whether there are weights."""
+    x, dout = torch.zeros(N, C, dtype=dtype), torch.zeros(B, C, dtype=dtype)
+    cu, weights = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(N, dtype=dtype)
+    for how, weighted in hows:
+        given = weights if weighted else None
+        saved = seg_pool.seg_pool(x, cu, given, how, normalize)
+        seg_pool.seg_pool_bwd(dout, x, cu, given, *saved, how, normalize, True, weighted)
+
+
+_POOLS = [(how, False) for how in ("mean", "sum", "max", "first", "last")]
+_POOLS += [(how, True) for how in ("mean", "sum", "attention")]
+
+
+@call(quick=True)
+def seg_pool_most():
+    """Every kernel: attention, normalised, and largest values."""
+    _seg_pool(768, [("attention", True), ("max", False)])
+
+
+@call()
+def seg_pool_every_reduction():
+    _seg_pool(768, [p for p in _POOLS if p[0] not in ("max", "attention")], normalize=False)
+
+
+@call()
+def seg_pool_odd_widths_and_ones():
+    """33 columns, of which no access is vectorised, and sizes of 1, which are constants."""
+    for C, N, B in ((33, 1000, 8), (1, 1, 1)):
+        _seg_pool(C, [("attention", True), ("max", False)], torch.float32, N=N, B=B)
 
 
 _RULE = ["scale", "causal", "window", "alibi_slopes", "rel_bias", "bias", "bias_offsets"]

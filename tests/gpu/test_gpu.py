@@ -61,6 +61,13 @@ def multiply_groups(q, k, v, cu):
     return ops.grouped_mm(q[:, 0], weight, cu.clamp(max=N - 7), bias=bias)
 
 
+def pool_segments(q, k, v, cu):
+    """Rows of q by attention, scored by k, and the largest of v."""
+    scores = k.float().sum((1, 2))
+    pooled = ops.seg_pool(q.flatten(1), cu, "attention", weights=scores, normalize=True)
+    return pooled + ops.seg_pool(v.flatten(1), cu, "max")
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -84,6 +91,7 @@ CALLS = {
     ),
     "moe_route": route_and_return,
     "grouped_mm": multiply_groups,
+    "seg_pool": pool_segments,
 }
 
 

@@ -42,3 +42,10 @@ def triton_serves_add_norm():
     from encfast.kernels import add_norm as kernels
 
     yield from _serving(kernels, "add_norm", "add_norm_bwd")
+
+
+@pytest.fixture
+def triton_serves_seg_pool():
+    from encfast.kernels import seg_pool as kernels
+
+    yield from _serving(kernels, "seg_pool", "seg_pool_bwd")

@@ -11,7 +11,7 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import add_norm, glu, grouped_mm, rotary
+from encfast.kernels import add_norm, glu, grouped_mm, rotary, seg_pool
 
 
 @triton.jit
@@ -156,6 +156,20 @@ def _grouped_mm(dtype):
     return tuple(results)
 
 
+def _seg_pool(dtype):
+    """Of views, short and empty segments and one of several tiles; weights' programs take steps."""
+    cu = torch.tensor([0, 3, 3, 12], dtype=torch.int32)
+    x, weights, dout = (torch.randn(n, 40).to(dtype)[:, 3:] for n in (12, 12, 3))
+    results = []
+    with mock.patch.multiple(seg_pool, _WEIGHTS=4, _row_block=lambda C: 16):
+        for how in ("attention", "max"):
+            given = weights[:, 0] if how == "attention" else None
+            saved = seg_pool.seg_pool(x, cu, given, how, True)
+            rest = (given, *saved, how, True, True, how == "attention")
+            results += [*saved, *seg_pool.seg_pool_bwd(dout, x, cu, *rest)]
+    return tuple(results)
+
+
 _ATTENTION = [
     Case((1, 0, 35, 70), heads=2, head_size=20, rel="H", rel_size=9),
     Case((7, 0, 40, 1), (60, 3, 20, 1), head_size=16, kv_heads=2, causal=True, alibi="BH"),
@@ -171,6 +185,7 @@ def _attention(case, dtype):
 
 
 CALLS = {"add_norm": _add_norm, "glu": _glu, "grouped_mm": _grouped_mm, "rotary": _rotary}
+CALLS |= {"seg_pool": _seg_pool}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
 
