@@ -11,7 +11,9 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import add_norm, glu, grouped_mm, rotary, seg_pool
+from encfast.kernels import _logits, add_norm, glu, grouped_mm, rotary, seg_pool
+from encfast.kernels import linear_cross_entropy as vocabulary
+from encfast.kernels import linear_kl as divergence
 
 
 @triton.jit
@@ -170,6 +172,34 @@ def _seg_pool(dtype):
     return tuple(results)
 
 
+def _in_parts_and_slices():
+    """Statistics by two programs a row, gradients in slices of one tile."""
+    return mock.patch.multiple(_logits, _PROGRAMS=1, _MOST_STEPS=1, SLOT_BYTES=0, _LEAST_COLUMNS=32)
+
+
+def _linear_cross_entropy(dtype):
+    """Of views, rows and columns that fill no tile."""
+    x, weight = torch.randn(35, 40).to(dtype)[:, 3:], torch.randn(45, 40).to(dtype)[:, 3:]
+    targets, options = torch.randint(0, 45, (35,)), (7, 0.1, 1e-2, 3.0)
+    head = x, weight, targets, torch.randn(45), torch.arange(35)
+    with _in_parts_and_slices():
+        loss, lse = vocabulary.linear_cross_entropy(*head, *options)
+        rest = (lse, *options, True, True, True)
+        grads = vocabulary.linear_cross_entropy_bwd(torch.randn(35), *head, *rest)
+    return loss, lse, *grads
+
+
+def _linear_kl(dtype):
+    x, weight, teacher_x, teacher_weight = (
+        torch.randn(n, c).to(dtype)[:, 3:] for c in (36, 24) for n in (19, 45)
+    )
+    heads = x, weight, teacher_x, teacher_weight, torch.randn(45), None, 2.0
+    with _in_parts_and_slices():
+        loss, lse = divergence.linear_kl(*heads)
+        grads = divergence.linear_kl_bwd(torch.randn(19), *heads, lse, True, True, True)
+    return loss, lse, *grads
+
+
 _ATTENTION = [
     Case((1, 0, 35, 70), heads=2, head_size=20, rel="H", rel_size=9),
     Case((7, 0, 40, 1), (60, 3, 20, 1), head_size=16, kv_heads=2, causal=True, alibi="BH"),
@@ -185,6 +215,7 @@ def _attention(case, dtype):
 
 
 CALLS = {"add_norm": _add_norm, "glu": _glu, "grouped_mm": _grouped_mm, "rotary": _rotary}
+CALLS |= {"linear_cross_entropy": _linear_cross_entropy, "linear_kl": _linear_kl}
 CALLS |= {"seg_pool": _seg_pool}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
