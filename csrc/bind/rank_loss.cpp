@@ -22,6 +22,29 @@ float scalar_of(const char* op, const char* name, const Tensor& x) {
   return *to_dtype(x, ScalarType::Float).const_data_ptr<float>();
 }
 
+// A row of b, or -1, for each row of a: of int64 [B], which it keeps alive.
+class Choices {
+ public:
+  Choices(const char* op, const char* name, const OptTensor& x, int64_t B, int64_t M) {
+    if (!x) return;
+    check_cpu(op, name, *x);
+    check_dim(op, name, *x, 1);
+    check_dtype(op, name, *x, ScalarType::Long, "int64");
+    STD_TORCH_CHECK(x->size(0) == B, op, ": ", name, " has ", x->size(0), " entries, a has ", B,
+                    " rows");
+    tensor_ = torch::stable::contiguous(*x);
+    for (int64_t i = 0; i < B; ++i) {
+      STD_TORCH_CHECK(data()[i] >= -1 && data()[i] < M, op, ": ", name, " holds ", data()[i],
+                      ", expected -1 or one of the ", M, " rows of b");
+    }
+  }
+
+  const int64_t* data() const { return tensor_ ? tensor_->const_data_ptr<int64_t>() : nullptr; }
+
+ private:
+  OptTensor tensor_;
+};
+
 // Features, scalars and positives, known to fit; keeps their memory alive.
 class Features {
  public:
@@ -29,11 +52,11 @@ class Features {
   const char* op;
 
   Features(const char* op_in, RankLoss loss, const Tensor& a, const Tensor& b, const Tensor& scale,
-           const OptTensor& bias, const Tensor& positives)
-      : op(op_in), a_(op, "a", a), b_(op, "b", b), positives_(checked_positives(op, positives)) {
+           const OptTensor& bias, const Tensor& positives, const OptTensor& excluded)
+      : op(op_in), a_(op, "a", a), b_(op, "b", b) {
     check_dim(op, "a", a, 2);
     check_dim(op, "b", b, 2);
-    q = {loss, a.size(0), b.size(0), a.size(1), a_.matrix(), b_.matrix(), nullptr, 0, 0};
+    q = {loss, a.size(0), b.size(0), a.size(1), a_.matrix(), b_.matrix(), nullptr, nullptr, 0, 0};
     STD_TORCH_CHECK(q.B > 0 && q.M > 0, op, ": a has ", q.B, " rows and b ", q.M,
                     ", expected at least one");
     STD_TORCH_CHECK(b.size(1) == q.D, op, ": b has shape ", shape_text(b), ", a has ", q.D,
@@ -45,29 +68,23 @@ class Features {
     if (bias) q.bias = scalar_of(op, "logit_bias", *bias);
     STD_TORCH_CHECK(std::isfinite(q.bias), op, ": logit_bias is ", q.bias,
                     ", expected a finite number");
-    read_positives();
+    choices_.emplace_back(op, "positives", positives, q.B, q.M);
+    choices_.emplace_back(op, "excluded", excluded, q.B, q.M);
+    q.positives = choices_[0].data();
+    q.excluded = choices_[1].data();
+    if (q.excluded) check_excluded();
   }
 
  private:
-  static Tensor checked_positives(const char* op, const Tensor& x) {
-    check_cpu(op, "positives", x);
-    check_dim(op, "positives", x, 1);
-    check_dtype(op, "positives", x, ScalarType::Long, "int64");
-    return torch::stable::contiguous(x);
-  }
-
-  void read_positives() {
-    STD_TORCH_CHECK(positives_.size(0) == q.B, op, ": positives has ", positives_.size(0),
-                    " entries, a has ", q.B, " rows");
-    q.positives = positives_.const_data_ptr<int64_t>();
+  void check_excluded() const {
     for (int64_t i = 0; i < q.B; ++i) {
-      STD_TORCH_CHECK(q.positives[i] >= -1 && q.positives[i] < q.M, op, ": positives holds ",
-                      q.positives[i], ", expected -1 or one of the ", q.M, " rows of b");
+      STD_TORCH_CHECK(q.excluded[i] < 0 || q.excluded[i] != q.positives[i], op,
+                      ": excluded holds row ", i, "'s positive, ", q.excluded[i]);
     }
   }
 
   RowsIn a_, b_;
-  Tensor positives_;
+  std::vector<Choices> choices_;
 };
 
 // A float32 tensor of known size as contiguous memory.
@@ -114,9 +131,10 @@ void run_forward(const Tensor& like, RankFwdParams p) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& a, const Tensor& b,
                                                                 const Tensor& logit_scale,
                                                                 const Tensor& positives,
+                                                                const OptTensor& excluded,
                                                                 bool both) {
   const Features f("encfast::info_nce", both ? RankLoss::kBoth : RankLoss::kRows, a, b, logit_scale,
-                   std::nullopt, positives);
+                   std::nullopt, positives, excluded);
   const RankProblem& q = f.q;
   Tensor row_loss = new_floats(a, {q.B}), col_loss = new_floats(a, {both ? q.B : 0});
   Tensor positive = new_floats(a, {q.B});
@@ -129,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(const Tensor& a,
 
 Tensor siglip_cpu(const Tensor& a, const Tensor& b, const Tensor& logit_scale,
                   const Tensor& logit_bias, const Tensor& positives) {
-  const Features f("encfast::siglip", RankLoss::kSigmoid, a, b, logit_scale, logit_bias, positives);
+  const Features f("encfast::siglip", RankLoss::kSigmoid, a, b, logit_scale, logit_bias, positives,
+                   std::nullopt);
   Tensor loss = new_floats(a, {f.q.B}), positive = new_floats(a, {f.q.B});
   run_forward(a, {f.q,
                   loss.mutable_data_ptr<float>(),
@@ -169,11 +188,11 @@ Grads run_backward(const Tensor& a, const Tensor& b, RankBwdParams p, const char
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_bwd_cpu(
     const Tensor& drow, const Tensor& dcol, const Tensor& dpositive, const Tensor& a,
-    const Tensor& b, const Tensor& logit_scale, const Tensor& positives, const Tensor& row_stats,
-    const Tensor& col_stats, bool both, bool want_da, bool want_db) {
+    const Tensor& b, const Tensor& logit_scale, const Tensor& positives, const OptTensor& excluded,
+    const Tensor& row_stats, const Tensor& col_stats, bool both, bool want_da, bool want_db) {
   const char* op = "encfast::info_nce_bwd";
   const Features f(op, both ? RankLoss::kBoth : RankLoss::kRows, a, b, logit_scale, std::nullopt,
-                   positives);
+                   positives, excluded);
   const RankProblem& q = f.q;
   const Floats of_row(op, "drow", drow, q.B), of_positive(op, "dpositive", dpositive, q.B);
   const Floats of_col(op, "dcol", dcol, both ? q.B : 0);
@@ -206,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd_cpu(
     const Tensor& dloss, const Tensor& a, const Tensor& b, const Tensor& logit_scale,
     const Tensor& logit_bias, const Tensor& positives, bool want_da, bool want_db) {
   const char* op = "encfast::siglip_bwd";
-  const Features f(op, RankLoss::kSigmoid, a, b, logit_scale, logit_bias, positives);
+  const Features f(op, RankLoss::kSigmoid, a, b, logit_scale, logit_bias, positives, std::nullopt);
   const Floats of_row(op, "dloss", dloss, f.q.B);
   Grads g = run_backward(
       a, b, {f.q, of_row.data(), nullptr, nullptr, {}, {}, {}, {}, nullptr, nullptr, nullptr}, op,

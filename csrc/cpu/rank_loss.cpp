@@ -105,6 +105,7 @@ class Forward {
         float* panel = x + j * kChunk;
         multiply_panel(left, rows, stripe_, (from + j) / kPanel, q_.D, panel);
         to_logits(panel, rows, width - j, q_.scale, q_.bias);
+        hide_excluded(q_, row, rows, column + from + j, smaller(kPanel, width - j), panel);
         if (q_.loss == RankLoss::kBoth) {
           const int64_t at = chunk * kSide + from + j;
           column_sums(panel, rows, col_largest_ + at, col_sums_ + at);

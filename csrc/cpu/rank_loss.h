@@ -20,6 +20,7 @@ struct RankProblem {
   ConstMatrix a;             // [B, D]
   ConstMatrix b;             // [M, D], a's dtype
   const int64_t* positives;  // [B]: a column, or negative for none
+  const int64_t* excluded;   // [B]: a column that is no candidate, or negative; may be nullptr
   float scale;
   float bias;
 };

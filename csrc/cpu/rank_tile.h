@@ -9,6 +9,9 @@ namespace encfast::ENCFAST_ISA {
 namespace {
 
 constexpr float kInf = __builtin_inff();
+// The logit of a pair that is no candidate: finite, since differences of infinities are NaN where a
+// row or column has nothing else.
+constexpr float kHidden = -1e38f;
 
 // Lanes of vector v whose column is below n keep x, the others get `otherwise`.
 ENCFAST_INLINE Vec below(int64_t n, int v, Vec x, float otherwise) {
@@ -48,6 +51,16 @@ inline void to_logits(float* x, int64_t rows, int64_t n, float scale, float bias
       const Vec logit = fma(load(at), splat(scale), splat(bias));
       store(at, n < kLanes ? below(n, v, logit, -kInf) : logit);
     }
+  }
+}
+
+// Hides the excluded pairs of a panel of rows [row, +rows) and columns [column, +n) of all.
+inline void hide_excluded(const RankProblem& q, int64_t row, int64_t rows, int64_t column,
+                          int64_t n, float* x) {
+  if (!q.excluded) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t lane = q.excluded[row + i] - column;
+    if (lane >= 0 && lane < n) x[i * kLanes + lane] = kHidden;
   }
 }
 
@@ -112,7 +125,7 @@ inline float softplus_row(const RowOfPanels& row, int64_t positive) {
 // Gradients of the logits of one panel.
 //
 //   softmax: g = drow p + dcolumn q, at the positive drow (p - 1) + dcolumn q + dpositive
-//            p = exp(x - largest - log) of the row, q that of the column
+//            p = exp(x - largest - log) of the row, q that of the column; 0 at the excluded column
 //   sigmoid: g = drow sigmoid(x),    at the positive -drow sigmoid(-x)
 template <RankLoss kLoss>
 class PanelGrad {
@@ -131,11 +144,12 @@ class PanelGrad {
 
   // Products s of row `row` of all, to scale g.
   void run(int64_t row, const float* s, float* out) {
-    const int64_t positive = p_.q.positives[row] - column_;
-    if (positive >= 0 && positive < n_) {
-      row_grad<true>(row, static_cast<float>(positive), s, out);
+    const float positive = lane_of(p_.q.positives[row]);
+    const float excluded = p_.q.excluded ? lane_of(p_.q.excluded[row]) : kNowhere;
+    if (positive >= 0 || excluded >= 0) {
+      row_grad<true>(row, positive, excluded, s, out);
     } else {
-      row_grad<false>(row, 0, s, out);
+      row_grad<false>(row, kNowhere, kNowhere, s, out);
     }
   }
 
@@ -147,13 +161,23 @@ class PanelGrad {
   }
 
  private:
+  static constexpr float kNowhere = -1;
+
+  // A column of all as a lane of the panel.
+  float lane_of(int64_t column) const {
+    const int64_t lane = column - column_;
+    return lane >= 0 && lane < n_ ? static_cast<float>(lane) : kNowhere;
+  }
+
   static Vec part(const float* p, int64_t left) {
     if (left >= kW) return load(p);
     return left > 0 ? load_partial_as<DType::kFloat32>(p, static_cast<int>(left)) : zeros();
   }
 
-  template <bool kHasPositive>
-  ENCFAST_INLINE void row_grad(int64_t row, float positive, const float* s, float* out) {
+  // kSpecial: the positive or the excluded column is among these.
+  template <bool kSpecial>
+  ENCFAST_INLINE void row_grad(int64_t row, float positive, float excluded, const float* s,
+                               float* out) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       const Vec product = load(s + v * kW);
@@ -162,7 +186,7 @@ class PanelGrad {
       Vec g;
       if constexpr (kLoss == RankLoss::kSigmoid) {
         g = sigmoid(x);
-        if (kHasPositive) g = select_within(at, iota(), at, zeros() - sigmoid(zeros() - x), g);
+        if (kSpecial) g = select_within(at, iota(), at, zeros() - sigmoid(zeros() - x), g);
         g *= splat(p_.drow[row]);
       } else {
         Vec p = exp((x - splat(p_.rows.largest[row])) - splat(p_.rows.log[row]));
@@ -170,11 +194,15 @@ class PanelGrad {
         if constexpr (kLoss == RankLoss::kBoth) {
           rest = weight_[v] * exp((x - largest_[v]) - log_[v]);
         }
-        if (kHasPositive) {
+        if (kSpecial) {
           p = select_within(at, iota(), at, p - splat(1.0f), p);
           rest = select_within(at, iota(), at, rest + splat(p_.dpositive[row]), rest);
         }
         g = fma(p, splat(p_.drow[row]), rest);
+        if (kSpecial) {
+          const Vec hidden = splat(excluded - static_cast<float>(v * kW));
+          g = select_within(hidden, iota(), hidden, zeros(), g);
+        }
       }
       if (n_ < kLanes) g = below(n_, v, g, 0.0f);
       gs_[v] = fma(g, product, gs_[v]);

@@ -10,7 +10,10 @@ Conventions. InfoNCE adds the columns' loss of each row's positive, by "mean" or
 directions, or leaves it out ("rows"). positives[i] = -1: row i has no positive; its loss is 0 and
 has no gradient, though the row remains a candidate in the columns of others. In SigLIP it has
 negatives alone, which count. "mean" divides InfoNCE by the number of rows that have a positive (0
-without any), SigLIP by the number of rows. Features are taken as they come: normalise them before.
+without any), SigLIP by the number of rows.
+excluded[i] = k: row k of b is no candidate of row i (a row and itself, where a and b are the same
+features). The pair counts in neither direction: j != k in row i, and row i is left out of the sums
+along column k. Features are taken as they come: normalise them before.
 
 Sources: van den Oord et al. (arXiv:1807.03748); Radford et al., CLIP (arXiv:2103.00020); Zhai et
 al., SigLIP (arXiv:2303.15343).
@@ -24,33 +27,33 @@ from torch import Tensor
 
 from ..ref import rank_loss as _ref
 from . import _backends
-from ._checks import (
-    FLOAT_DTYPES,
-    check_device,
-    check_dtype,
-    check_range,
-    check_tensor,
-    check_values,
+from ._rank_loss_checks import (
+    DIRECTIONS,
+    REDUCTIONS,
+    check_choice,
+    check_excluded,
+    check_features,
+    check_positives,
+    check_scalar,
+    check_smoothing,
 )
 
 DISPATCHER_OPS = ("info_nce", "info_nce_bwd", "siglip", "siglip_bwd")
-DIRECTIONS = ("mean", "sum", "rows")
-REDUCTIONS = ("mean", "sum", "none")
 
 # *_stats: the largest logit of each row or column, and the log of the sum of exponentials relative
 # to it. Those of columns and col_loss are empty without `both`; everything is float32.
 torch.library.define(
     "encfast::info_nce",
-    "(Tensor a, Tensor b, Tensor logit_scale, Tensor positives, bool both) -> (Tensor row_loss, "
-    "Tensor col_loss, Tensor positive, Tensor row_stats, Tensor col_stats)",
+    "(Tensor a, Tensor b, Tensor logit_scale, Tensor positives, Tensor? excluded, bool both) -> "
+    "(Tensor row_loss, Tensor col_loss, Tensor positive, Tensor row_stats, Tensor col_stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # What is not wanted is [0]; dscale is float32.
 torch.library.define(
     "encfast::info_nce_bwd",
     "(Tensor drow, Tensor dcol, Tensor dpositive, Tensor a, Tensor b, Tensor logit_scale, "
-    "Tensor positives, Tensor row_stats, Tensor col_stats, bool both, bool want_da, bool want_db) "
-    "-> (Tensor da, Tensor db, Tensor dscale)",
+    "Tensor positives, Tensor? excluded, Tensor row_stats, Tensor col_stats, bool both, "
+    "bool want_da, bool want_db) -> (Tensor da, Tensor db, Tensor dscale)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -66,52 +69,8 @@ torch.library.define(
 )
 
 
-def _check_features(op: str, a: Tensor, name: str, b: Tensor) -> None:
-    check_tensor(op, "a", a, 2, "[B, D]")
-    check_dtype(op, "a", a, *FLOAT_DTYPES, hint="; for float64 use encfast.ref.rank_loss")
-    check_tensor(op, name, b, 2, "[M, D]")
-    check_dtype(op, name, b, a.dtype, hint=", the dtype of a; cast one of them")
-    check_device(op, name, b, "a", a)
-    for each, x in (("a", a), (name, b)):
-        if x.shape[0] < 1 or x.shape[1] < 1:
-            raise ValueError(f"{op}: {each} has shape {tuple(x.shape)}, expected at least one row")
-    if b.shape[1] != a.shape[1]:
-        raise ValueError(f"{op}: {name} has {b.shape[1]} channels, a has {a.shape[1]}")
-
-
-def _check_scalar(op: str, name: str, x: Tensor, a: Tensor, positive: bool) -> None:
-    check_tensor(op, name, x, 0, "(one number)")
-    check_dtype(op, name, x, *FLOAT_DTYPES)
-    check_device(op, name, x, "a", a)
-    rule = f"expected a {'positive ' if positive else ''}finite number"
-    check_values(
-        op,
-        name,
-        x.detach()[None],
-        lambda v: v.isfinite() & (v > 0) if positive else v.isfinite(),
-        lambda: rule,
-    )
-
-
-def _check_positives(op: str, positives: Tensor, a: Tensor, b: Tensor) -> None:
-    check_tensor(op, "positives", positives, 1, "[B]")
-    check_dtype(op, "positives", positives, torch.int64)
-    check_device(op, "positives", positives, "a", a)
-    if positives.shape[0] != a.shape[0]:
-        raise ValueError(
-            f"{op}: positives has {positives.shape[0]} entries, a has {a.shape[0]} rows"
-        )
-    rule = "expected -1 (none) or one of the {} rows of b"
-    check_range(op, "positives", positives, -1, b.shape[0], lambda: rule.format(b.shape[0]))
-
-
-def _check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(choices)}")
-
-
 @torch.library.register_fake("encfast::info_nce")
-def _fake_info_nce(a, b, logit_scale, positives, both):
+def _fake_info_nce(a, b, logit_scale, positives, excluded, both):
     n, m = a.shape[0], b.shape[0]
     sizes = ((n,), (n if both else 0,), (n,), (2, n), (2, m if both else 0))
     return tuple(a.new_empty(size, dtype=torch.float32) for size in sizes)
@@ -119,7 +78,19 @@ def _fake_info_nce(a, b, logit_scale, positives, both):
 
 @torch.library.register_fake("encfast::info_nce_bwd")
 def _fake_info_nce_bwd(
-    drow, dcol, dpositive, a, b, scale, positives, row_stats, col_stats, both, want_da, want_db
+    drow,
+    dcol,
+    dpositive,
+    a,
+    b,
+    scale,
+    positives,
+    excluded,
+    row_stats,
+    col_stats,
+    both,
+    want_da,
+    want_db,
 ):
     return *_fake_grads(a, b, want_da, want_db), a.new_empty((), dtype=torch.float32)
 
@@ -157,8 +128,7 @@ def _info_nce_backward(ctx, drow, dcol, dpositive, *_):
         da if need_a else None,
         db if need_b else None,
         dscale.to(scale.dtype) if need_scale else None,
-        None,
-        None,
+        *[None] * 3,
     )
 
 
@@ -192,11 +162,12 @@ for _op in ("info_nce_bwd", "siglip_bwd"):
     )
 
 
-def _reference_info_nce(a, b, logit_scale, positives, both):
-    _check_features("info_nce", a, "b", b)
-    _check_scalar("info_nce", "logit_scale", logit_scale, a, positive=True)
-    _check_positives("info_nce", positives, a, b)
-    return _ref.info_nce_parts(a, b, logit_scale, positives, both)
+def _reference_info_nce(a, b, logit_scale, positives, excluded, both):
+    check_features("info_nce", a, "b", b)
+    check_scalar("info_nce", "logit_scale", logit_scale, a, positive=True)
+    check_positives("info_nce", positives, a, b)
+    check_excluded("info_nce", excluded, positives, a, b)
+    return _ref.info_nce_parts(a, b, logit_scale, positives, excluded, both)
 
 
 def _reference_info_nce_bwd(*args):
@@ -204,10 +175,10 @@ def _reference_info_nce_bwd(*args):
 
 
 def _reference_siglip(a, b, logit_scale, logit_bias, positives):
-    _check_features("siglip", a, "b", b)
-    _check_scalar("siglip", "logit_scale", logit_scale, a, positive=True)
-    _check_scalar("siglip", "logit_bias", logit_bias, a, positive=False)
-    _check_positives("siglip", positives, a, b)
+    check_features("siglip", a, "b", b)
+    check_scalar("siglip", "logit_scale", logit_scale, a, positive=True)
+    check_scalar("siglip", "logit_bias", logit_bias, a, positive=False)
+    check_positives("siglip", positives, a, b)
     options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "positives": positives}
     return _ref.siglip(a, b, **options, reduction="none")
 
@@ -233,6 +204,7 @@ def info_nce(
     logit_scale: Tensor | float,
     positives: Tensor | None = None,
     offset: int = 0,
+    excluded: Tensor | None = None,
     negatives: Tensor | None = None,
     directions: str = "mean",
     label_smoothing: float | None = None,
@@ -250,6 +222,8 @@ def info_nce(
             has row offset + i.
         offset: of the positives where they are not given: rank * B for features gathered from
             processes of B rows each.
+        excluded: int64 [B], the row of b that is no candidate of each row of a, -1 for none; never
+            its positive. Rows of `negatives` count on from those of b. Not with label smoothing.
         negatives: [Q, D] of a's dtype, more candidates: a queue, or all rows' hard negatives
             flattened. They are copied behind b.
         directions: "mean" (CLIP) or "sum" of the losses along rows and columns, or "rows" alone.
@@ -269,18 +243,18 @@ def info_nce(
     in 16 bits.
     """
     op = "info_nce"
-    _check_features(op, a, "b", b)
-    _check_choice(op, "directions", directions, DIRECTIONS)
-    _check_choice(op, "reduction", reduction, REDUCTIONS)
-    if label_smoothing is not None and not 0 <= label_smoothing < 1:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected within [0, 1)")
+    check_features(op, a, "b", b)
+    check_choice(op, "directions", directions, DIRECTIONS)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_smoothing(op, label_smoothing, excluded)
     scale = _scalar(op, "logit_scale", logit_scale, a, positive=True)
     positives = _positives(op, positives, offset, a, b)
     if negatives is not None:
-        _check_features(op, a, "negatives", negatives)
+        check_features(op, a, "negatives", negatives)
         b = torch.cat([b, negatives])
+    check_excluded(op, excluded, positives, a, b)
     both = directions != "rows"
-    row, col, positive, _, _ = torch.ops.encfast.info_nce(a, b, scale, positives, both)
+    row, col, positive, _, _ = torch.ops.encfast.info_nce(a, b, scale, positives, excluded, both)
     if label_smoothing:
         row, col = _smoothed(row, col, positive, a, b, scale, positives, label_smoothing)
     loss = row + col if both else row
@@ -321,8 +295,8 @@ def siglip(
     Numerics: as `info_nce`.
     """
     op = "siglip"
-    _check_features(op, a, "b", b)
-    _check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_features(op, a, "b", b)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     scale = _scalar(op, "logit_scale", logit_scale, a, positive=True)
     bias = _scalar(op, "logit_bias", 0.0 if logit_bias is None else logit_bias, a, positive=False)
     if negative_only and positives is not None:
@@ -336,13 +310,13 @@ def siglip(
 def _scalar(op: str, name: str, x: Tensor | float, a: Tensor, positive: bool) -> Tensor:
     if isinstance(x, (int, float)):
         x = torch.full((), x, dtype=torch.float32, device=a.device)
-    _check_scalar(op, name, x, a, positive)
+    check_scalar(op, name, x, a, positive)
     return x
 
 
 def _positives(op: str, positives: Tensor | None, offset: int, a: Tensor, b: Tensor) -> Tensor:
     if positives is not None:
-        _check_positives(op, positives, a, b)
+        check_positives(op, positives, a, b)
         return positives
     if offset < 0 or offset + a.shape[0] > b.shape[0]:
         raise ValueError(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HIDDEN = -1e38  # finite: a row or column of nothing else has a log-sum-exp and no NaN
+
 
 def info_nce(
     a: Tensor,
@@ -15,6 +17,7 @@ def info_nce(
     *,
     logit_scale: Tensor,
     positives: Tensor,
+    excluded: Tensor | None = None,
     negatives: Tensor | None = None,
     directions: str = "mean",
     label_smoothing: float = 0.0,
@@ -22,6 +25,7 @@ def info_nce(
 ) -> Tensor:
     """Cross entropy along rows, and along columns. Args of `encfast.ops.info_nce`."""
     x = _logits(a, b if negatives is None else torch.cat([b, negatives]), logit_scale)
+    x = _hidden(x, excluded)
     has, column = positives >= 0, positives.clamp(min=0)
     along = [x.log_softmax(1)] + ([] if directions == "rows" else [x.log_softmax(0)])
     uniform = [along[0].mean(1), *(log_p.mean(0)[column] for log_p in along[1:])]
@@ -52,10 +56,15 @@ def siglip(
 
 
 def info_nce_parts(
-    a: Tensor, b: Tensor, logit_scale: Tensor, positives: Tensor, both: bool
+    a: Tensor,
+    b: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor,
+    excluded: Tensor | None,
+    both: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses of rows and columns, positives' logits, and (maximum, log of sum) of each."""
-    x = _logits(a, b, logit_scale)
+    x = _hidden(_logits(a, b, logit_scale), excluded)
     has, column = positives >= 0, positives.clamp(min=0)
     positive = x.gather(1, column[:, None])[:, 0]
     rows = _log_sums(x, 1)
@@ -76,6 +85,7 @@ def info_nce_bwd(
     b: Tensor,
     logit_scale: Tensor,
     positives: Tensor,
+    excluded: Tensor | None,
     row_stats: Tensor,
     col_stats: Tensor,
     both: bool,
@@ -92,6 +102,7 @@ def info_nce_bwd(
         dcol = dcol.where(has, 0)
         dcolumn = x.new_zeros(x.shape[1]).index_add(0, column, dcol)
         g = g + (x - col_stats[0] - col_stats[1]).exp() * dcolumn - one_hot * dcol[:, None]
+    g = _hidden(g, excluded, 0.0)
     return *_feature_grads(g, a, b, logit_scale), (g * products).sum()
 
 
@@ -115,6 +126,13 @@ def _logits(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None = None) -> 
     compute = torch.promote_types(a.dtype, torch.float32)
     x = scale.to(compute) * (a.to(compute) @ b.to(compute).mT)
     return x if bias is None else x + bias.to(compute)
+
+
+def _hidden(x: Tensor, excluded: Tensor | None, value: float = HIDDEN) -> Tensor:
+    """x with `value` at the pairs that are no candidates."""
+    if excluded is None:
+        return x
+    return x.masked_fill(torch.arange(x.shape[1], device=x.device) == excluded[:, None], value)
 
 
 def _log_sums(x: Tensor, dim: int) -> Tensor:

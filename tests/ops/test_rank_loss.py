@@ -100,6 +100,68 @@ def test_info_nce_negatives(directions, dtype):
     assert_loss("info_nce", shape, dtype, inputs=inputs, positives=positives, directions=directions)
 
 
+# Panels, pieces and chunks that hold the excluded pairs alone, and several stripes.
+EXCLUDED_SHAPES = [(3, 3, 5), (193, 193, 17), (40, 321, 48), (970, 1930, 20)]
+
+
+def self_excluded(shape):
+    """Positives, and excluded rows of which some are none: mostly row i of row i."""
+    n, m, _ = shape
+    own = torch.arange(n) % m
+    positives = (own + 1 + torch.arange(n) % max(m - 2, 1)) % m
+    return positives.where(torch.arange(n) % 7 != 3, -1), own.where(torch.arange(n) % 5 != 2, -1)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", EXCLUDED_SHAPES, ids=str)
+@pytest.mark.parametrize("directions", ["mean", "rows"])
+def test_excluded_pairs(shape, dtype, directions):
+    positives, excluded = self_excluded(shape)
+    options = {"positives": positives, "excluded": excluded, "directions": directions}
+    assert_loss("info_nce", shape, dtype, **options)
+
+
+@pytest.mark.quick
+def test_excluded_pairs_of_negatives_count_on_from_b():
+    shape = (40, 52, 48)
+    inputs = features(shape) | {"negatives": rows((71, 48)) / 7}
+    excluded = torch.arange(40) + 60
+    options = {"positives": some_positives(shape), "excluded": excluded}
+    assert_loss("info_nce", shape, inputs=inputs, **options)
+    inputs["negatives"][8:48] = 1e3 * inputs["a"]  # each would be its row's largest by far
+    loss = ops.info_nce(**inputs, **options, directions="rows", reduction="none")
+    assert loss.max() < ops.info_nce(**inputs, positives=options["positives"], directions="rows")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("directions", ["mean", "rows"])
+@pytest.mark.parametrize("shape", [(1, 1, 4), (5, 1, 4), (1, 5, 4)], ids=str)
+def test_rows_and_columns_without_any_candidate_have_no_loss(shape, directions):
+    inputs = features(shape)
+    none = torch.zeros(shape[0], dtype=torch.int64)
+    loss = functools.partial(
+        ops.info_nce, positives=none - 1, excluded=none, directions=directions, reduction="sum"
+    )
+    assert all((v == 0).all() for v in results(loss, inputs, [torch.tensor(1.0)]).values())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("directions", ["mean", "rows"])
+def test_what_is_excluded_has_no_influence(directions):
+    """Row 3 of b is excluded everywhere: loss and gradients are bit-equal for any finite values."""
+    positives, excluded = torch.arange(30) + 4, torch.full((30,), 3)
+    loss = functools.partial(
+        ops.info_nce, positives=positives, excluded=excluded, directions=directions
+    )
+    inputs = features((30, 40, 16))
+    first = results(loss, inputs, [torch.tensor(1.0)])
+    inputs["b"][3] *= -1e4
+    second = results(loss, inputs, [torch.tensor(1.0)])
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert (first["db"][3] == 0).all() and (first["db"][4:34] != 0).all()
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_siglip_reductions(reduction):
@@ -235,8 +297,10 @@ def test_gradients_are_made_where_they_are_wanted(op, wanted):
 @pytest.mark.parametrize("op", ["info_nce", "siglip"])
 def test_bit_equal_for_any_thread_count(op, dtype):
     inputs = features((1000, 1201, 40), dtype)
-    positives = some_positives((1000, 1201))
-    loss = functools.partial(getattr(ops, op), positives=positives)
+    options = {"positives": some_positives((1000, 1201))}
+    if op == "info_nce":
+        options["positives"], options["excluded"] = self_excluded((1000, 1201, 40))
+    loss = functools.partial(getattr(ops, op), **options)
     first, *others = for_thread_counts(lambda: results(loss, inputs, [torch.tensor(1.0)]))
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
@@ -266,5 +330,5 @@ def test_fuzz(n, m, d, op, dtype, seed):
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
-    cases = "shapes or negatives or layouts or small_losses or ten_thousand or nan"
+    cases = "shapes or excluded or negatives or layouts or small_losses or ten_thousand or nan"
     run_under_isa(isa, f"({cases}) and not every_isa", __file__)

@@ -16,6 +16,7 @@ def features(n, m, d, dtype=FP32, layout="contiguous"):
 
 
 POSITIVES = torch.tensor([3, -1, 0, 3, 5])
+EXCLUDED = torch.tensor([0, 1, -1, 5, 6])
 
 
 @pytest.mark.quick
@@ -34,6 +35,7 @@ def test_gradcheck_of_the_reference_info_nce(directions, label_smoothing):
             positives=POSITIVES,
             directions=directions,
             label_smoothing=label_smoothing,
+            excluded=None if label_smoothing else EXCLUDED,
             reduction="none",
         ),
         inputs,
@@ -53,15 +55,21 @@ def test_gradcheck_of_the_reference_siglip():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("excluded", [None, EXCLUDED], ids=["all", "excluded"])
 @pytest.mark.parametrize("both", [True, False])
-def test_reference_parts_are_the_loss_and_its_gradients(both):
+def test_reference_parts_are_the_loss_and_its_gradients(both, excluded):
     a, b = features(5, 7, 3, torch.float64)
     scale = torch.tensor(1.7, dtype=torch.float64)
     a, b, scale = (x.requires_grad_() for x in (a, b, scale))
     row, col, positive, row_stats, col_stats = ref.rank_loss.info_nce_parts(
-        a, b, scale, POSITIVES, both
+        a, b, scale, POSITIVES, excluded, both
     )
-    options = {"logit_scale": scale, "positives": POSITIVES, "reduction": "none"}
+    options = {
+        "logit_scale": scale,
+        "positives": POSITIVES,
+        "excluded": excluded,
+        "reduction": "none",
+    }
     want = ref.info_nce(a, b, **options, directions="sum" if both else "rows")
     torch.testing.assert_close(row + col if both else row, want)
     grads = [torch.randn(5).double(), torch.randn(len(col)).double(), torch.randn(5).double()]
@@ -71,22 +79,27 @@ def test_reference_parts_are_the_loss_and_its_gradients(both):
         grads if both else grads[::2],
         retain_graph=True,
     )
-    found = ref.rank_loss.info_nce_bwd(*grads, a, b, scale, POSITIVES, row_stats, col_stats, both)
+    found = ref.rank_loss.info_nce_bwd(
+        *grads, a, b, scale, POSITIVES, excluded, row_stats, col_stats, both
+    )
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("both", [True, False])
-def test_opcheck_info_nce(dtype, both):
+@pytest.mark.parametrize(
+    ("both", "excluded"), [(True, None), (False, None), (True, EXCLUDED)], ids=str
+)
+def test_opcheck_info_nce(dtype, both, excluded):
     a, b = features(5, 7, 6, dtype, "transposed")
     scale = torch.tensor(2.0)
     inputs = [x.detach().requires_grad_() for x in (a, b, scale)]
-    torch.library.opcheck(OPS.info_nce.default, (*inputs, POSITIVES, both))
-    row, col, positive, *stats = (x.detach() for x in OPS.info_nce(a, b, scale, POSITIVES, both))
+    chosen = (POSITIVES, excluded)
+    torch.library.opcheck(OPS.info_nce.default, (*inputs, *chosen, both))
+    row, col, positive, *stats = (x.detach() for x in OPS.info_nce(a, b, scale, *chosen, both))
     for wanted in ((True, True), (False, True), (True, False)):
-        args = (row, col, positive, a, b, scale, POSITIVES, *stats, both, *wanted)
+        args = (row, col, positive, a, b, scale, *chosen, *stats, both, *wanted)
         torch.library.opcheck(OPS.info_nce_bwd.default, args)
 
 
@@ -176,6 +189,19 @@ INFO_NCE_ERRORS = {
     r"negatives has shape \(0, 6\)": ({"negatives": B[:0]}, ValueError),
     "negatives has 4 channels, a has 6": ({"negatives": B[:, :4]}, ValueError),
     "negatives is float16": ({"negatives": B.half()}, TypeError),
+    r"excluded has shape \(1, 4\)": ({"excluded": POS[None]}, ValueError),
+    "excluded is int32": ({"excluded": POS.int()}, TypeError),
+    "excluded is on meta": ({"excluded": POS.to("meta")}, ValueError),
+    "excluded has 3 entries, a has 4 rows": ({"excluded": POS[:3]}, ValueError),
+    "excluded holds 5, expected -1": ({"excluded": POS + 1}, ValueError),
+    "excluded holds 2, expected another row of b than the positive": (
+        {"positives": POS, "excluded": torch.tensor([4, 0, -1, 2])},
+        ValueError,
+    ),
+    "label_smoothing is 0.1, expected 0 with excluded": (
+        {"positives": POS, "excluded": POS - 1, "label_smoothing": 0.1},
+        ValueError,
+    ),
 }
 SIGLIP_ERRORS = {
     "logit_bias holds inf, expected a finite number": ({"logit_bias": float("inf")}, ValueError),
@@ -212,19 +238,22 @@ def test_direct_calls_never_read_out_of_bounds():
         (A, B, SCALE[None], POS),
     ):
         for f in (
-            lambda *args: OPS.info_nce(*args, True),
+            lambda *args: OPS.info_nce(*args, None, True),
             lambda a, b, scale, positives: OPS.siglip(a, b, scale, SCALE, positives),
         ):
             with pytest.raises((RuntimeError, ValueError, TypeError), match=r"info_nce|siglip"):
                 f(a, b, scale, positives)
+    for excluded in (POS + 1, POS - 2, POS[:3], POS.int(), POS, POS[None]):
+        with pytest.raises((RuntimeError, ValueError, TypeError), match="info_nce: excluded"):
+            OPS.info_nce(A, B, SCALE, POS, excluded, True)
 
 
 @pytest.mark.quick
 @pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
 def test_direct_backward_calls_never_read_out_of_bounds():
-    _, _, positive, rows_, columns = OPS.info_nce(A, B, SCALE, POS, True)
-    good = [torch.ones(4)] * 3 + [A, B, SCALE, POS, rows_, columns]
-    bad = {0: positive[:3], 1: positive[:3], 2: positive[:0], 7: rows_[:1], 8: rows_}
+    _, _, positive, rows_, columns = OPS.info_nce(A, B, SCALE, POS, None, True)
+    good = [torch.ones(4)] * 3 + [A, B, SCALE, POS, None, rows_, columns]
+    bad = {0: positive[:3], 1: positive[:3], 2: positive[:0], 7: POS, 8: rows_[:1], 9: rows_}
     for at, wrong in bad.items():
         args = [*good]
         args[at] = wrong
