@@ -63,6 +63,10 @@ WORK: dict[str, Callable[[int], Work]] = {
     "vocab_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
     "kl_stats_kernel": lambda D: (4 * SEQLEN * D, 8 * D + 20),
     "kl_grad_kernel": lambda D: (4 * SEQLEN * D, 8 * D + 2 * SEQLEN),
+    "info_nce_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
+    "siglip_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 4),
+    "siglip_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
+    "column_sums_kernel": lambda D: (SEQLEN, 16),
     # Of an element of a row; of a weight; of a result's element.
     "seg_pool_sum_kernel": lambda D: (2, 2),
     "seg_pool_max_kernel": lambda D: (1, 2),

@@ -29,7 +29,7 @@ TESTS = {
 # A part that meets every kernel in under a minute; the sanitizer makes it tens of times slower.
 SANITIZED = ["tests/gpu", "-m", "cuda", "-k", "same_bits or find_rows"]
 # Ops that have no kernel for GPUs: their reference serves there.
-CPU_ALONE = ("packed_linear", "rank_loss")
+CPU_ALONE = ("packed_linear",)
 SANITIZERS = ("memcheck", "racecheck")
 
 

@@ -11,6 +11,7 @@ from encfast.kernels import (
     grouped_mm,
     linear_cross_entropy,
     linear_kl,
+    rank_loss,
     rotary,
     seg_pool,
     varlen_attn,
@@ -302,6 +303,35 @@ def linear_kl_edges():
     _divergence(100, 33)
     _divergence(768, 1024, torch.float32)
     _divergence(1, 1, torch.float32, M=1, V=1)
+
+
+def _rank_loss(D, dtype=torch.bfloat16, B=500, M=1000, both=True, excluded=True):
+    """InfoNCE and SigLIP both ways."""
+    a, b, scale = torch.zeros(B, D, dtype=dtype), torch.zeros(M, D, dtype=dtype), torch.ones(())
+    positives, row = torch.zeros(B, dtype=torch.int64), torch.zeros(B)
+    head = a, b, scale, positives, positives if excluded else None
+    *_, row_stats, col_stats = rank_loss.info_nce(*head, both)
+    rest = (row_stats, col_stats, both, True, True)
+    rank_loss.info_nce_bwd(row, row, row, *head, *rest)
+    rank_loss.siglip(a, b, scale, scale, positives)
+    rank_loss.siglip_bwd(row, a, b, scale, scale, positives, True, True)
+
+
+_PAIRS = ("row_stats_kernel", "info_nce_grad_kernel", "siglip_kernel", "siglip_grad_kernel")
+
+
+@call(tensor_kernels=_PAIRS, quick=True)
+def rank_loss_512():
+    _rank_loss(512)
+
+
+@call()
+def rank_loss_edges():
+    """One direction, odd channels, float32, and sizes of 1, which are constants."""
+    _rank_loss(100, torch.float16, both=False, excluded=False)
+    _rank_loss(33)
+    _rank_loss(512, torch.float32)
+    _rank_loss(1, torch.float32, B=1, M=1)
 
 
 _RULE = ["scale", "causal", "window", "alibi_slopes", "rel_bias", "bias", "bias_offsets"]

@@ -83,6 +83,15 @@ def diverge_from_teacher(q, k, v, cu):
     return ops.linear_kl(x, weight, teacher, teacher[:300], temperature=2.0, reduction="none")
 
 
+def compare_pairs(q, k, v, cu):
+    """Rows of q with those of k, some of which they share or may not have, and with v."""
+    rows = torch.arange(N, device=q.device)
+    options = {"positives": rows // 2, "logit_scale": 0.1, "reduction": "none"}
+    a = q.flatten(1)
+    loss = ops.info_nce(a, k.flatten(1), excluded=(rows + 9) % N, **options)
+    return loss + ops.siglip(a, v.flatten(1), logit_bias=-3.0, **options)
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -109,6 +118,7 @@ CALLS = {
     "seg_pool": pool_segments,
     "linear_cross_entropy": predict_entries,
     "linear_kl": diverge_from_teacher,
+    "rank_loss": compare_pairs,
 }
 
 

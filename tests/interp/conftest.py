@@ -61,3 +61,10 @@ def triton_serves_vocabularies():
         kernels |= {stem: op._triton_fwd, f"{stem}_bwd": op._triton_bwd}
     with cpu_kernels.replaced(kernels):
         yield
+
+
+@pytest.fixture
+def triton_serves_rank_loss():
+    from encfast.kernels import rank_loss as kernels
+
+    yield from _serving(kernels, "info_nce", "info_nce_bwd", "siglip", "siglip_bwd")

@@ -11,7 +11,7 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import _logits, add_norm, glu, grouped_mm, rotary, seg_pool
+from encfast.kernels import _logits, add_norm, glu, grouped_mm, rank_loss, rotary, seg_pool
 from encfast.kernels import linear_cross_entropy as vocabulary
 from encfast.kernels import linear_kl as divergence
 
@@ -200,6 +200,19 @@ def _linear_kl(dtype):
     return loss, lse, *grads
 
 
+def _rank_loss(dtype):
+    """Of views, with pairs that are no candidates and rows that share a positive or have none."""
+    a, b = torch.randn(35, 40).to(dtype)[:, 3:], torch.randn(45, 40).to(dtype)[:, 3:]
+    scale, bias, positives = torch.tensor(0.3), torch.tensor(-1.0), torch.randint(-1, 45, (35,))
+    head, grads = (a, b, scale, positives, (positives + 2) % 45), torch.randn(3, 35)
+    with _in_parts_and_slices():
+        losses = rank_loss.info_nce(*head, True)
+        results = rank_loss.info_nce_bwd(*grads, *head, *losses[3:], True, True, True)
+        pairs = a, b, scale, bias, positives
+        results += rank_loss.siglip_bwd(grads[0], *pairs, True, True)
+        return *losses, *results, rank_loss.siglip(*pairs)
+
+
 _ATTENTION = [
     Case((1, 0, 35, 70), heads=2, head_size=20, rel="H", rel_size=9),
     Case((7, 0, 40, 1), (60, 3, 20, 1), head_size=16, kv_heads=2, causal=True, alibi="BH"),
@@ -216,7 +229,7 @@ def _attention(case, dtype):
 
 CALLS = {"add_norm": _add_norm, "glu": _glu, "grouped_mm": _grouped_mm, "rotary": _rotary}
 CALLS |= {"linear_cross_entropy": _linear_cross_entropy, "linear_kl": _linear_kl}
-CALLS |= {"seg_pool": _seg_pool}
+CALLS |= {"rank_loss": _rank_loss, "seg_pool": _seg_pool}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
 
