@@ -82,7 +82,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(loss [M], log-sum-exp [M])."""
     if targets.numel() == 0:
-        return tuple(x.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     weight, targets, bias = rows_of(weight), targets.contiguous(), contiguous(bias)
     eps, active = label_smoothing or 0.0, targets != ignore_index
     largest, exps, at_target, *total = row_stats(
@@ -135,8 +135,8 @@ def linear_cross_entropy_bwd(
     tile = tile_of_rows((taken, weight), x.shape[1])
     for columns, grad in slices:
         part = weight[columns]
-        given = taken, part, None if bias is None else bias[columns], softcap
-        given += targets, lse, factors, grad
+        part_of_bias = None if bias is None else bias[columns]
+        given = taken, part, part_of_bias, softcap, targets, lse, factors, grad
         sizes = *grad.shape, x.shape[1], taken.stride(0), weight.stride(0), columns.start
         vocab_grad_kernel[(tiles_of(grad, tile),)](*given, *sizes, **tile)
         if want_dbias:

@@ -217,8 +217,7 @@ def info_nce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     a, b, scale, positives = rows_of(a), rows_of(b), logit_scale.float(), positives.contiguous()
     excluded, has = contiguous(excluded), positives >= 0
-    given = {"scale": scale, "targets": positives, "excluded": excluded}
-    largest, exps, positive = row_stats(a, b, **given)
+    largest, exps, positive = row_stats(a, b, scale=scale, targets=positives, excluded=excluded)
     log = exps.log()
     row_loss = (largest - positive + log).where(has, 0)
     positive, stats = positive.where(has, 0), torch.stack((largest, log))
@@ -270,7 +269,7 @@ def info_nce_bwd(
             dcol if both else None,
             dpositive,
             col_stats[:, columns] if both else None,
-            col_factors[columns] if both else None,
+            None if col_factors is None else col_factors[columns],
             grad,
             partials,
             *grad.shape,

@@ -190,7 +190,8 @@ def _triton_bwd(dloss, *args):
     from ..kernels import linear_kl as kernels
 
     *operands, lse, _kept, want_dx, want_dweight, want_dbias = args
-    return kernels.linear_kl_bwd(dloss, *operands, lse, want_dx, want_dweight, want_dbias)
+    given = [*operands, lse, want_dx, want_dweight, want_dbias]
+    return kernels.linear_kl_bwd(dloss, *given)
 
 
 _backends.register_reference("linear_kl", "linear_kl", _reference_fwd)
