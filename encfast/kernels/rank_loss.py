@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ._logits import (
     Slices,
-    hidden_pairs,
     logits_tile,
     row_stats,
     shares_of,
@@ -121,7 +120,7 @@ def info_nce_grad_kernel(
     b_grad += tl.where(m_hit, b_hit[:, None], 0.0)
     m_tile = m_x[:, None] & m_y[None, :]
     if excluded is not None:
-        b_grad = tl.where(hidden_pairs(excluded, None, o_x, o_y + first, B, n), 0.0, b_grad)
+        b_grad = tl.where(tile_hits(excluded + o_x, m_x, first, i_y, BLOCK_Y), 0.0, b_grad)
     b_grad = tl.where(m_tile, b_grad, 0.0)
     tl.store(partials + tl.program_id(0), tl.sum(tl.sum(b_grad * b_product, 1), 0))
     store_grad(grad, b_grad * scale, i_x, i_y, B, n, BLOCK_X, BLOCK_Y)
