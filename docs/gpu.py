@@ -48,8 +48,9 @@ BOARDS = {
 Work = tuple[float, float]  # floating-point operations, bytes that must move
 
 # Per row and head of attention (D channels, bf16), per row of grouped_mm (D channels to 2 D), per
-# channel of a row elsewhere. Operations are counted as the formulas stand, a special function as
-# one; bytes are those of reading each input and writing each result once.
+# row of a loss over SEQLEN rows and as many candidates, per channel of a row elsewhere. Operations
+# are counted as the formulas stand, a special function as one; bytes are those of reading each
+# input and writing each result once.
 WORK: dict[str, Callable[[int], Work]] = {
     "varlen_attn_kernel": lambda D: (4 * SEQLEN * D, 2 * 4 * D + 4),
     "varlen_attn_row_terms_kernel": lambda D: (2 * D, 2 * 2 * D + 8),
@@ -58,6 +59,22 @@ WORK: dict[str, Callable[[int], Work]] = {
     "grouped_mm_kernel": lambda D: (4 * D * D, 2 * 3 * D + 2 * 2 * D * D / SEQLEN),
     "grouped_mm_dweight_kernel": lambda D: (4 * D * D, 2 * 3 * D + 2 * 2 * D * D / SEQLEN),
     "grouped_mm_dbias_kernel": lambda D: (2 * D, 2 * 2 * D),
+    "row_stats_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 8),
+    "vocab_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
+    "kl_stats_kernel": lambda D: (4 * SEQLEN * D, 8 * D + 20),
+    "kl_grad_kernel": lambda D: (4 * SEQLEN * D, 8 * D + 2 * SEQLEN),
+    "info_nce_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
+    "siglip_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 4),
+    "siglip_grad_kernel": lambda D: (2 * SEQLEN * D, 4 * D + 2 * SEQLEN),
+    "column_sums_kernel": lambda D: (SEQLEN, 16),
+    # Of an element of a row; of a weight; of a result's element.
+    "seg_pool_sum_kernel": lambda D: (2, 2),
+    "seg_pool_max_kernel": lambda D: (1, 2),
+    "seg_pool_rows_kernel": lambda D: (3, 4),
+    "seg_pool_stats_kernel": lambda D: (4, 4),
+    "seg_pool_weights_kernel": lambda D: (6, 10),
+    "seg_pool_norm_kernel": lambda D: (3, 6),
+    "seg_pool_grad_kernel": lambda D: (5, 8),
     "glu_kernel": lambda D: (8, 6),
     "glu_bwd_kernel": lambda D: (20, 10),
     "rotary_kernel": lambda D: (3, 4),

@@ -27,7 +27,6 @@ from torch import Tensor
 from . import _tune
 from ._attn_tile import (
     BIASED,
-    LOG2E,
     PLAIN,
     POSITIONAL,
     Heads,
@@ -45,6 +44,7 @@ from ._attn_tile import (
     store_rows,
     visited,
 )
+from ._softmax import LOG2E
 
 # As in the forward: BLOCK_M, BLOCK_N, warps, stages. At 128 channels a program's own rows do not
 # stay in registers; the more of them share what a step brings, the less its loads hold the tensor

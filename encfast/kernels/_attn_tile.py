@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._ragged import find_slot
+from ._softmax import tanh
 
 # Weights of rules: scores are scale q k; or also ALiBi and a window; or anything else.
 PLAIN, POSITIONAL, BIASED = range(3)
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # A bias that takes a score below -1e38 hides the pair.
 _LOWEST_SCORE = tl.constexpr(-1e38)
 
@@ -197,24 +197,6 @@ def store_rows(
 
 
 @triton.jit
-def _tanh(x):
-    """By a polynomial below 0.625, where 1 - 2 / (e^2x + 1) would lose its relative accuracy.
-
-    Coefficients of the Cephes library (S. Moshier), single precision.
-    """
-    a = tl.abs(x)
-    z = a * a
-    poly = z * -5.70498872745e-3 + 2.06390887954e-2
-    poly = poly * z - 5.37397155531e-2
-    poly = poly * z + 1.33314422036e-1
-    poly = poly * z - 3.33332819422e-1
-    small = poly * z * a + a
-    large = 1 - 2 / (tl.exp2(tl.minimum(a, 10.0) * (2 * LOG2E)) + 1)
-    t = tl.where(a < 0.625, small, large)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
 def scores(b_qk, rule, i_b, i_h, first_q, o_q, n_q, o_k, n_k, EDGE: tl.constexpr):
     """Scores of a tile, -inf where the key is hidden, and the softcap's derivative.
 
@@ -224,7 +206,7 @@ def scores(b_qk, rule, i_b, i_h, first_q, o_q, n_q, o_k, n_k, EDGE: tl.constexpr
     if rule.softcap is None:
         b_s = b_qk * rule.scale
     else:
-        b_t = _tanh(b_qk * (rule.scale / rule.softcap))
+        b_t = tanh(b_qk * (rule.scale / rule.softcap))
         b_s = b_t * rule.softcap
         b_dcap = 1 - b_t * b_t
     o_p = o_q + (n_k - n_q)

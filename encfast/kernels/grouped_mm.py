@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config, _tune
+from ._product import add_product, inside, is_odd, load_tile, tile_offsets
 from ._ragged import find_slot
 from ._rows import contiguous, rows_of
 
@@ -74,50 +75,6 @@ _SUM_ROWS, _SUM_COLUMNS = 32, 64  # of a step of dbias: lines of 128 bytes or mo
 
 
 @triton.jit
-def _tile_offsets(o_row, stride_row, o_column, stride_column):
-    o_tile = o_row[:, None] * stride_row + o_column[None, :] * stride_column
-    if o_tile.dtype == tl.int32:  # unsigned: no register per row for the upper half of its sign
-        o_tile = o_tile.to(tl.uint32)
-    return o_tile
-
-
-@triton.jit
-def _load(p_tile, m_row, m_column):
-    """A tile, 0 where it is masked; None: no row, or no column, is."""
-    if m_row is None and m_column is None:
-        return tl.load(p_tile)
-    elif m_row is None:
-        return tl.load(p_tile, mask=m_column[None, :], other=0.0)
-    elif m_column is None:
-        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    else:
-        return tl.load(p_tile, mask=m_row[:, None] & m_column[None, :], other=0.0)
-
-
-@triton.jit
-def _inside(start, BLOCK: tl.constexpr, size, WHOLE: tl.constexpr):
-    """Which of the BLOCK entries from `start` on there are; None: all, as every block is whole."""
-    if WHOLE:
-        return None
-    else:
-        return start + tl.arange(0, BLOCK) < size
-
-
-@triton.jit
-def _add_product(b_sum, b_x, b_y):
-    """b_sum + b_x b_y.
-
-    In float32 a step's own sum is added as a whole: one chain over thousands of terms would have
-    several times the error of plain PyTorch. A limit of imprecise terms, which means nothing for
-    float32, keeps the compiler from starting the step's chain with b_sum.
-    """
-    if b_x.dtype == tl.float32:
-        return b_sum + tl.dot(b_x, b_y, input_precision="ieee", max_num_imprecise_acc=b_x.shape[1])
-    else:
-        return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
-
-
-@triton.jit
 def grouped_mm_kernel(
     x,  # [N, C]
     weight,  # [E, F, C]
@@ -149,28 +106,28 @@ def grouped_mm_kernel(
     row, column = (first + start).to(tl.int64), i_f * BLOCK_F
     # Rows behind the last are that one again: loads of x need no mask, and the store has one.
     o_n, o_f, o_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C)
-    o_x = _tile_offsets(tl.minimum(o_n, n - 1), stride_x, o_c, 1)
-    o_w = _tile_offsets(o_c, stride_c, o_f, stride_f)
-    m_f = _inside(column, BLOCK_F, F, F_WHOLE)
+    o_x = tile_offsets(tl.minimum(o_n, n - 1), stride_x, o_c, 1)
+    o_w = tile_offsets(o_c, stride_c, o_f, stride_f)
+    m_f = inside(column, BLOCK_F, F, F_WHOLE)
     p_x = x + row * stride_x
     p_w = weight + tl.cast(i_e, tl.int64) * stride_e + column.to(tl.int64) * stride_f
     step = tl.cast(stride_c, tl.int64) * BLOCK_C
     b_out = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
     for _ in range(terms // BLOCK_C):
-        b_w = _load(p_w + o_w, None, m_f)
-        b_out = _add_product(b_out, tl.load(p_x + o_x), b_w)
+        b_w = load_tile(p_w + o_w, None, m_f)
+        b_out = add_product(b_out, tl.load(p_x + o_x), b_w)
         p_x += BLOCK_C
         p_w += step
     if not C_WHOLE:
         m_c = o_c < terms % BLOCK_C
-        b_w = _load(p_w + o_w, m_c, m_f)
-        b_out = _add_product(b_out, _load(p_x + o_x, None, m_c), b_w)
+        b_w = load_tile(p_w + o_w, m_c, m_f)
+        b_out = add_product(b_out, load_tile(p_x + o_x, None, m_c), b_w)
     m_column = column + o_f < F
     if bias is not None:
         p_bias = bias + tl.cast(i_e, tl.int64) * F + column
         b_bias = tl.load(p_bias + o_f, mask=m_column & (i_e < E), other=0.0)
         b_out += b_bias.to(tl.float32)[None, :]
-    p_out = out + row * F + column + _tile_offsets(o_n, F, o_f, 1)
+    p_out = out + row * F + column + tile_offsets(o_n, F, o_f, 1)
     m_tile = (o_n < n)[:, None] & m_column[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_tile)
 
@@ -197,24 +154,24 @@ def grouped_mm_dweight_kernel(
     first = tl.load(cu_seqlens + i_e)
     n = tl.load(cu_seqlens + i_e + 1) - first
     o_n, o_f, o_c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C)
-    o_dout = _tile_offsets(o_f, 1, o_n, stride_dout)
-    o_x = _tile_offsets(o_n, stride_x, o_c, 1)
-    m_f, m_c = _inside(at_f, BLOCK_F, F, F_WHOLE), _inside(at_c, BLOCK_C, C, C_WHOLE)
+    o_dout = tile_offsets(o_f, 1, o_n, stride_dout)
+    o_x = tile_offsets(o_n, stride_x, o_c, 1)
+    m_f, m_c = inside(at_f, BLOCK_F, F, F_WHOLE), inside(at_c, BLOCK_C, C, C_WHOLE)
     p_dout = dout + first.to(tl.int64) * stride_dout + at_f
     p_x = x + first.to(tl.int64) * stride_x + at_c
     step_dout = tl.cast(stride_dout, tl.int64) * BLOCK_N
     step_x = tl.cast(stride_x, tl.int64) * BLOCK_N
     b_dw = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
     for _ in range(n // BLOCK_N):
-        b_dout, b_x = _load(p_dout + o_dout, m_f, None), _load(p_x + o_x, None, m_c)
-        b_dw = _add_product(b_dw, b_dout, b_x)
+        b_dout, b_x = load_tile(p_dout + o_dout, m_f, None), load_tile(p_x + o_x, None, m_c)
+        b_dw = add_product(b_dw, b_dout, b_x)
         p_dout += step_dout
         p_x += step_x
     if n % BLOCK_N:
         m_n = o_n < n % BLOCK_N
-        b_dout, b_x = _load(p_dout + o_dout, m_f, m_n), _load(p_x + o_x, m_n, m_c)
-        b_dw = _add_product(b_dw, b_dout, b_x)
-    p_dw = dweight + (tl.cast(i_e, tl.int64) * F + at_f) * C + at_c + _tile_offsets(o_f, C, o_c, 1)
+        b_dout, b_x = load_tile(p_dout + o_dout, m_f, m_n), load_tile(p_x + o_x, m_n, m_c)
+        b_dw = add_product(b_dw, b_dout, b_x)
+    p_dw = dweight + (tl.cast(i_e, tl.int64) * F + at_f) * C + at_c + tile_offsets(o_f, C, o_c, 1)
     m_tile = (at_f + o_f < F)[:, None] & (at_c + o_c < C)[None, :]
     tl.store(p_dw, b_dw.to(dweight.dtype.element_ty), mask=m_tile)
 
@@ -239,7 +196,7 @@ def grouped_mm_dbias_kernel(
     for start in range(0, n, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         p_dout = dout + ((first + o_n) * stride_dout)[:, None] + o_f[None, :]
-        b_sum += _load(p_dout, o_n < n, m_f).to(tl.float32)
+        b_sum += load_tile(p_dout, o_n < n, m_f).to(tl.float32)
     tl.store(dbias + i_e * F + o_f, tl.sum(b_sum, 0), mask=m_f)
 
 
@@ -331,10 +288,9 @@ def _dbias(dout: Tensor, E: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def _kind(tensors: Sequence[Tensor], few: bool) -> int:
-    """Of a call; what Triton knows to be multiples of 16 decides how wide an access may be."""
-    for x in tensors:
-        if x.data_ptr() % 16 or any(stride % 16 for stride in x.stride() if stride != 1):
-            return ODD
+    """Of a call."""
+    if is_odd(tensors):
+        return ODD
     return FEW if few else MANY
 
 

@@ -32,7 +32,6 @@ from torch import Tensor
 from . import _attn_bias_grad, _attn_grad, _tune
 from ._attn_tile import (
     BIASED,
-    LOG2E,
     PLAIN,
     POSITIONAL,
     count_edges,
@@ -49,6 +48,7 @@ from ._attn_tile import (
     store_rows,
     visited,
 )
+from ._softmax import LOG2E
 
 # By bytes of an element, weight of the rule and BLOCK_D: BLOCK_M, BLOCK_N, warps, stages.
 _AMPERE = {

@@ -7,20 +7,22 @@
 with eps = label_smoothing. `mean` is the sum of weights_i loss_i by the sum of weights_i.
 
 Conventions. Rows whose target is ignore_index are taken out before the first product: they cost
-nothing, have loss 0 and gradient 0, and count for no mean. A mean over no rows, or over weights
+nothing, have loss 0 and gradient 0, and count for no mean. (On GPUs, where counting them would
+wait, they cost what others do: choose by `rows` there.) A mean over no rows, or over weights
 that are all 0, is 0 and so are its gradients (F.cross_entropy has NaN there). Finite where exp
 would overflow; -inf in the bias takes an entry out of the vocabulary, unless smoothing reads it.
 
-Memory. A slice of the vocabulary at a time; up to 13 MiB of logits stay for the backward, which
-computes the others again. Beyond the gradients a call needs less than 25 MiB for up to a thousand
-rows, and for more about 2 KB a row.
+Memory. On the CPU a slice of the vocabulary at a time; up to 13 MiB of logits stay for the
+backward, which computes the others again. Beyond the gradients a call needs less than 25 MiB for up
+to a thousand rows, and for more about 2 KB a row.
 
 Sources: Szegedy et al. (label smoothing, arXiv:1512.00567); Chowdhery et al., PaLM (z-loss,
 arXiv:2204.02311); Hsu et al., Liger Kernel (arXiv:2410.10989) and Wijmans et al., Cut Your Losses
 (arXiv:2411.09009), who stream this loss on GPUs.
 
-Backends: on the CPU PyTorch's matrix products with C++ between them; elsewhere the reference, which
-holds all logits.
+Backends: on the CPU PyTorch's matrix products with C++ between them; on CUDA and HIP Triton, which
+keeps logits in registers and stores 64 MiB of their gradient at a time; elsewhere the reference,
+which holds all logits.
 """
 
 import math
@@ -269,8 +271,36 @@ def _check_saved(dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, ke
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({sizes[0]},)")
 
 
+def _triton_fwd(x, weight, targets, *options_and_keep):
+    from ..kernels import linear_cross_entropy as kernels
+
+    *options, keep = options_and_keep
+    _check(x, weight, targets, *options)
+    loss, lse = kernels.linear_cross_entropy(x, weight, targets, *options)
+    # Left as it is: the backward computes all logits again.
+    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
+    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+
+
+def _triton_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
+    from ..kernels import linear_cross_entropy as kernels
+
+    dx, dweight, dbias = kernels.linear_cross_entropy_bwd(
+        dloss, x, weight, targets, bias, rows, lse, *options_and_wanted
+    )
+    if rows is not None and options_and_wanted[-3]:
+        dx = torch.ops.encfast.scatter_rows(dx, rows, x.shape[0])
+    return dx, dweight, dbias
+
+
 _backends.register_reference("linear_cross_entropy", "linear_cross_entropy", _reference_fwd)
 _backends.register_reference("linear_cross_entropy", "linear_cross_entropy_bwd", _reference_bwd)
+_backends.register_triton(
+    "linear_cross_entropy", "linear_cross_entropy", _triton_fwd, _reference_fwd
+)
+_backends.register_triton(
+    "linear_cross_entropy", "linear_cross_entropy_bwd", _triton_bwd, _reference_bwd
+)
 _backends.register_around("vocab_scan", "linear_cross_entropy", _cpu_fwd)
 _backends.register_around("vocab_grad", "linear_cross_entropy_bwd", _cpu_bwd)
 
@@ -312,7 +342,8 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument is malformed; the message names it.
 
     Numerics: products in bfloat16 where x is and the CPU has instructions for it, with logits
-    rounded to bfloat16 once; else in float32. Everything else is float32. The same bits in every
+    rounded to bfloat16 once; else in float32. On GPUs products of x's dtype, logits in float32 and
+    their gradient rounded to x's dtype once. Everything else is float32. The same bits in every
     run with the same number of threads; with another number, as far as PyTorch's products give the
     same. Gradients of x, weight, bias and weights; no atomics. Autocast casts nothing.
     """

@@ -7,13 +7,13 @@ Conventions. Forward KL(teacher || student); only the student has gradients. It 
 by temperature^2, which Hinton et al. do to keep the size of gradients. Entries with p = 0 add 0. A
 mean over no rows, or over weights that are all 0, is 0 and so are its gradients.
 
-Memory. As linear_cross_entropy: a slice of the vocabulary of each head at a time, and up to 13 MiB
-of the logits of both stay for the backward, which computes the others again.
+Memory. As linear_cross_entropy: on the CPU a slice of the vocabulary of each head at a time, and up
+to 13 MiB of the logits of both stay for the backward, which computes the others again.
 
 Sources: Hinton et al. (arXiv:1503.02531); Hsu et al., Liger Kernel (arXiv:2410.10989).
 
-Backends: on the CPU PyTorch's matrix products with linear_cross_entropy's C++ between them;
-elsewhere the reference, which holds all logits.
+Backends: on the CPU PyTorch's matrix products with linear_cross_entropy's C++ between them; Triton
+on CUDA and HIP, on linear_cross_entropy's plan; elsewhere the reference, which holds all logits.
 """
 
 import math
@@ -176,8 +176,28 @@ def _check_saved(x: Tensor, weight: Tensor, dloss: Tensor, lse: Tensor, kept: Te
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shapes[0]}")
 
 
+def _triton_fwd(*args):
+    from ..kernels import linear_kl as kernels
+
+    *operands, keep = args
+    _check(*operands)
+    x, weight, *_ = operands
+    # Kept logits are left as they are: the backward computes all of them again.
+    return *kernels.linear_kl(*operands), _new_kept(x, weight, keep)
+
+
+def _triton_bwd(dloss, *args):
+    from ..kernels import linear_kl as kernels
+
+    *operands, lse, _kept, want_dx, want_dweight, want_dbias = args
+    given = [*operands, lse, want_dx, want_dweight, want_dbias]
+    return kernels.linear_kl_bwd(dloss, *given)
+
+
 _backends.register_reference("linear_kl", "linear_kl", _reference_fwd)
 _backends.register_reference("linear_kl", "linear_kl_bwd", _reference_bwd)
+_backends.register_triton("linear_kl", "linear_kl", _triton_fwd, _reference_fwd)
+_backends.register_triton("linear_kl", "linear_kl_bwd", _triton_bwd, _reference_bwd)
 _backends.register_around("vocab_scan", "linear_kl", _cpu_fwd)
 _backends.register_around("vocab_grad", "linear_kl_bwd", _cpu_bwd)
 

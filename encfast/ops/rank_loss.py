@@ -19,8 +19,9 @@ along column k. Features are taken as they come: normalise them before.
 Sources: van den Oord et al. (arXiv:1807.03748); Radford et al., CLIP (arXiv:2103.00020); Zhai et
 al., SigLIP (arXiv:2303.15343).
 
-Backends: C++ on the CPU, which computes logits twice and holds blocks of 960 x 960; elsewhere the
-reference, which holds them all.
+Backends: C++ on the CPU, which computes logits twice and holds blocks of 960 x 960; Triton on CUDA
+and HIP, which keeps logits in registers and stores 64 MiB of their gradient at a time; elsewhere
+the reference, which holds them all.
 """
 
 import torch
@@ -164,11 +165,22 @@ for _op in ("info_nce_bwd", "siglip_bwd"):
     )
 
 
-def _reference_info_nce(a, b, logit_scale, positives, excluded, both):
+def _check_info_nce(a, b, logit_scale, positives, excluded):
     check_features("info_nce", a, "b", b)
     check_scalar("info_nce", "logit_scale", logit_scale, a, positive=True)
     check_positives("info_nce", positives, a, b)
     check_excluded("info_nce", excluded, positives, a, b)
+
+
+def _check_siglip(a, b, logit_scale, logit_bias, positives):
+    check_features("siglip", a, "b", b)
+    check_scalar("siglip", "logit_scale", logit_scale, a, positive=True)
+    check_scalar("siglip", "logit_bias", logit_bias, a, positive=False)
+    check_positives("siglip", positives, a, b)
+
+
+def _reference_info_nce(a, b, logit_scale, positives, excluded, both):
+    _check_info_nce(a, b, logit_scale, positives, excluded)
     return _ref.info_nce_parts(a, b, logit_scale, positives, excluded, both)
 
 
@@ -177,10 +189,7 @@ def _reference_info_nce_bwd(*args):
 
 
 def _reference_siglip(a, b, logit_scale, logit_bias, positives):
-    check_features("siglip", a, "b", b)
-    check_scalar("siglip", "logit_scale", logit_scale, a, positive=True)
-    check_scalar("siglip", "logit_bias", logit_bias, a, positive=False)
-    check_positives("siglip", positives, a, b)
+    _check_siglip(a, b, logit_scale, logit_bias, positives)
     options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "positives": positives}
     return _ref.siglip(a, b, **options, reduction="none")
 
@@ -193,10 +202,40 @@ def _wanted(da, db, *scalars, want):
     return da if want[0] else da.new_empty(0), db if want[1] else db.new_empty(0), *scalars
 
 
-_backends.register_reference("rank_loss", "info_nce", _reference_info_nce)
-_backends.register_reference("rank_loss", "info_nce_bwd", _reference_info_nce_bwd)
-_backends.register_reference("rank_loss", "siglip", _reference_siglip)
-_backends.register_reference("rank_loss", "siglip_bwd", _reference_siglip_bwd)
+def _triton_info_nce(a, b, logit_scale, positives, excluded, both):
+    from ..kernels import rank_loss as kernels
+
+    _check_info_nce(a, b, logit_scale, positives, excluded)
+    return kernels.info_nce(a, b, logit_scale, positives, excluded, both)
+
+
+def _triton_info_nce_bwd(*args):
+    from ..kernels import rank_loss as kernels
+
+    return kernels.info_nce_bwd(*args)
+
+
+def _triton_siglip(a, b, logit_scale, logit_bias, positives):
+    from ..kernels import rank_loss as kernels
+
+    _check_siglip(a, b, logit_scale, logit_bias, positives)
+    return kernels.siglip(a, b, logit_scale, logit_bias, positives)
+
+
+def _triton_siglip_bwd(*args):
+    from ..kernels import rank_loss as kernels
+
+    return kernels.siglip_bwd(*args)
+
+
+for _op, _triton, _reference in (
+    ("info_nce", _triton_info_nce, _reference_info_nce),
+    ("info_nce_bwd", _triton_info_nce_bwd, _reference_info_nce_bwd),
+    ("siglip", _triton_siglip, _reference_siglip),
+    ("siglip_bwd", _triton_siglip_bwd, _reference_siglip_bwd),
+):
+    _backends.register_reference("rank_loss", _op, _reference)
+    _backends.register_triton("rank_loss", _op, _triton, _reference)
 
 
 def info_nce(
@@ -242,7 +281,8 @@ def info_nce(
         TypeError, ValueError: an argument is malformed; the message names it. RuntimeError for
             values in a compiled graph.
 
-    Numerics: products and sums in float32, exponentials relative to the largest logit. Bit-equal
+    Numerics: products and sums in float32, exponentials relative to the largest logit. On GPUs the
+    gradient of the logits is rounded to a's dtype once, for products of that dtype. Bit-equal
     from run to run and for any number of threads; no atomics. Autocast casts nothing. Beside inputs
     and gradients the CPU needs about (4 D + 960) 960 floats, and D floats a row of a for gradients
     in 16 bits.

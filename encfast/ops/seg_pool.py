@@ -16,7 +16,7 @@ sequences are segments too: `encfast.PackedBatch.groups` cuts them.
 Sources: Reimers and Gurevych, Sentence-BERT (arXiv:1908.10084) for the means and largest values of
 sentence embeddings; ARC-Encoder (kyutai, 2025) for means of groups.
 
-Backends: C++ on the CPU; elsewhere the reference.
+Backends: C++ on the CPU, Triton on CUDA and HIP; elsewhere the reference.
 """
 
 import torch
@@ -175,8 +175,23 @@ def _reference_bwd(
     )
 
 
+def _triton_fwd(x, cu_seqlens, weights, how, normalize):
+    from ..kernels import seg_pool as kernels
+
+    _check(x, cu_seqlens, weights, how)
+    return kernels.seg_pool(x, cu_seqlens, weights, how, normalize)
+
+
+def _triton_bwd(*args):
+    from ..kernels import seg_pool as kernels
+
+    return kernels.seg_pool_bwd(*args)
+
+
 _backends.register_reference("seg_pool", "seg_pool", _reference_fwd)
 _backends.register_reference("seg_pool", "seg_pool_bwd", _reference_bwd)
+_backends.register_triton("seg_pool", "seg_pool", _triton_fwd, _reference_fwd)
+_backends.register_triton("seg_pool", "seg_pool_bwd", _triton_bwd, _reference_bwd)
 
 
 def seg_pool(
@@ -204,12 +219,12 @@ def seg_pool(
         TypeError, ValueError: a malformed argument; the message names it.
 
     Numerics: sums and norms in float32, rounded once. Bit-equal from run to run and for any number
-    of threads on the CPU; the reference on a GPU adds with atomics.
+    of threads; no atomics.
     """
     _check(x, cu_seqlens, weights, how)
     return torch.ops.encfast.seg_pool(x, cu_seqlens, weights, how, normalize)[0]
 
 
 def backends() -> dict[str, str]:
-    """Device type -> 'native', or 'reference: why'."""
+    """Device type -> 'native', 'triton' or 'reference: why'."""
     return _backends.describe(DISPATCHER_OPS)

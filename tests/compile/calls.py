@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from encfast.kernels import add_norm, glu, grouped_mm, rotary, varlen_attn
+from encfast.kernels import (
+    add_norm,
+    glu,
+    grouped_mm,
+    linear_cross_entropy,
+    linear_kl,
+    rank_loss,
+    rotary,
+    seg_pool,
+    varlen_attn,
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,122 @@ def rotary_part_of_a_head():
     q, k, angles = _bf16(100, 12, 96), _bf16(100, 4, 96), torch.zeros(100, 20)
     for interleaved in (False, True):
         rotary.rotary(q, k, angles, angles, None, interleaved, False)
+
+
+def _seg_pool(C, hows, dtype=torch.bfloat16, N=1000, B=8, normalize=True):
+    """Both ways; of each of `hows`, whether there are weights."""
+    x, dout = torch.zeros(N, C, dtype=dtype), torch.zeros(B, C, dtype=dtype)
+    cu, weights = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(N, dtype=dtype)
+    for how, weighted in hows:
+        given = weights if weighted else None
+        saved = seg_pool.seg_pool(x, cu, given, how, normalize)
+        seg_pool.seg_pool_bwd(dout, x, cu, given, *saved, how, normalize, True, weighted)
+
+
+_POOLS = [(how, False) for how in ("mean", "sum", "max", "first", "last")]
+_POOLS += [(how, True) for how in ("mean", "sum", "attention")]
+
+
+@call(quick=True)
+def seg_pool_most():
+    """Every kernel: attention, normalised, and largest values."""
+    _seg_pool(768, [("attention", True), ("max", False)])
+
+
+@call()
+def seg_pool_every_reduction():
+    _seg_pool(768, [p for p in _POOLS if p[0] not in ("max", "attention")], normalize=False)
+
+
+@call()
+def seg_pool_odd_widths_and_ones():
+    """33 columns, of which no access is vectorised, and sizes of 1, which are constants."""
+    for C, N, B in ((33, 1000, 8), (1, 1, 1)):
+        _seg_pool(C, [("attention", True), ("max", False)], torch.float32, N=N, B=B)
+
+
+def _vocabulary(C, dtype=torch.bfloat16, M=500, V=1000, options=(None, None, None)):
+    """Both ways; options are label smoothing, z-loss and softcap."""
+    x, weight = torch.zeros(M, C, dtype=dtype), torch.zeros(V, C, dtype=dtype)
+    head = x, weight, torch.zeros(M, dtype=torch.int64), torch.zeros(V), None
+    _, lse = linear_cross_entropy.linear_cross_entropy(*head, -100, *options)
+    rest = (lse, -100, *options, True, True, True)
+    linear_cross_entropy.linear_cross_entropy_bwd(torch.zeros(M), *head, *rest)
+
+
+_VOCABULARY = ("row_stats_kernel", "vocab_grad_kernel")
+
+
+@call(tensor_kernels=_VOCABULARY, quick=True)
+def linear_cross_entropy_768():
+    _vocabulary(768)
+
+
+@call(tensor_kernels=_VOCABULARY)
+def linear_cross_entropy_everything():
+    _vocabulary(768, options=(0.1, 1e-4, 30.0))
+    _vocabulary(100, torch.float16, options=(0.1, 1e-4, 30.0))
+    _vocabulary(33)
+
+
+@call()
+def linear_cross_entropy_float32_and_ones():
+    _vocabulary(768, torch.float32, options=(0.1, 1e-4, 30.0))
+    _vocabulary(33, torch.float32)
+    _vocabulary(1, torch.float32, M=1, V=1)
+
+
+def _divergence(C, teacher_C, dtype=torch.bfloat16, M=500, V=1000, temperature=2.0):
+    x, teacher_x = torch.zeros(M, C, dtype=dtype), torch.zeros(M, teacher_C, dtype=dtype)
+    weights = (torch.zeros(V, c, dtype=dtype) for c in (C, teacher_C))
+    weight, teacher_weight = weights
+    heads = x, weight, teacher_x, teacher_weight, torch.zeros(V), torch.zeros(V), temperature
+    _, lse = linear_kl.linear_kl(*heads)
+    linear_kl.linear_kl_bwd(torch.zeros(M), *heads, lse, True, True, True)
+
+
+@call(tensor_kernels=("kl_stats_kernel", "kl_grad_kernel"), quick=True)
+def linear_kl_768():
+    """Of a teacher of 1024 channels."""
+    _divergence(768, 1024)
+
+
+@call()
+def linear_kl_edges():
+    """Channels that fill no step, odd ones, float32, and sizes of 1, which are constants."""
+    _divergence(208, 80, torch.float16, temperature=None)
+    _divergence(100, 33)
+    _divergence(768, 1024, torch.float32)
+    _divergence(1, 1, torch.float32, M=1, V=1)
+
+
+def _rank_loss(D, dtype=torch.bfloat16, B=500, M=1000, both=True, excluded=True):
+    """InfoNCE and SigLIP both ways."""
+    a, b, scale = torch.zeros(B, D, dtype=dtype), torch.zeros(M, D, dtype=dtype), torch.ones(())
+    positives, row = torch.zeros(B, dtype=torch.int64), torch.zeros(B)
+    head = a, b, scale, positives, positives if excluded else None
+    *_, row_stats, col_stats = rank_loss.info_nce(*head, both)
+    rest = (row_stats, col_stats, both, True, True)
+    rank_loss.info_nce_bwd(row, row, row, *head, *rest)
+    rank_loss.siglip(a, b, scale, scale, positives)
+    rank_loss.siglip_bwd(row, a, b, scale, scale, positives, True, True)
+
+
+_PAIRS = ("row_stats_kernel", "info_nce_grad_kernel", "siglip_kernel", "siglip_grad_kernel")
+
+
+@call(tensor_kernels=_PAIRS, quick=True)
+def rank_loss_512():
+    _rank_loss(512)
+
+
+@call()
+def rank_loss_edges():
+    """One direction, odd channels, float32, and sizes of 1, which are constants."""
+    _rank_loss(100, torch.float16, both=False, excluded=False)
+    _rank_loss(33)
+    _rank_loss(512, torch.float32)
+    _rank_loss(1, torch.float32, B=1, M=1)
 
 
 _RULE = ["scale", "causal", "window", "alibi_slopes", "rel_bias", "bias", "bias_offsets"]

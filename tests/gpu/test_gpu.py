@@ -61,6 +61,37 @@ def multiply_groups(q, k, v, cu):
     return ops.grouped_mm(q[:, 0], weight, cu.clamp(max=N - 7), bias=bias)
 
 
+def pool_segments(q, k, v, cu):
+    """Rows of q by attention, scored by k, and the largest of v."""
+    scores = k.float().sum((1, 2))
+    pooled = ops.seg_pool(q.flatten(1), cu, "attention", weights=scores, normalize=True)
+    return pooled + ops.seg_pool(v.flatten(1), cu, "max")
+
+
+def predict_entries(q, k, v, cu):
+    """Every other row of q by a vocabulary of 300 made of k, a few of them twice or ignored."""
+    weight, bias = k.flatten(1)[:300], v.flatten(1)[:300, 0]
+    rows = torch.arange(0, N, 2, device=q.device) // 4
+    targets = (rows * 7) % 300
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "ignore_index": 21, "reduction": "none"}
+    return ops.linear_cross_entropy(q.flatten(1), weight, targets, bias, rows=rows, **options)
+
+
+def diverge_from_teacher(q, k, v, cu):
+    """q by a vocabulary made of k, from v by one made of v."""
+    x, weight, teacher = q.flatten(1), k.flatten(1)[:300], v.detach().flatten(1)
+    return ops.linear_kl(x, weight, teacher, teacher[:300], temperature=2.0, reduction="none")
+
+
+def compare_pairs(q, k, v, cu):
+    """Rows of q with those of k, some of which they share or may not have, and with v."""
+    rows = torch.arange(N, device=q.device)
+    options = {"positives": rows // 2, "logit_scale": 0.1, "reduction": "none"}
+    a = q.flatten(1)
+    loss = ops.info_nce(a, k.flatten(1), excluded=(rows + 9) % N, **options)
+    return loss + ops.siglip(a, v.flatten(1), logit_bias=-3.0, **options)
+
+
 # Functions of q, k, v [N, 4, 64] and cu_seqlens; all are differentiable.
 CALLS = {
     "varlen_attn": attend,
@@ -84,6 +115,10 @@ CALLS = {
     ),
     "moe_route": route_and_return,
     "grouped_mm": multiply_groups,
+    "seg_pool": pool_segments,
+    "linear_cross_entropy": predict_entries,
+    "linear_kl": diverge_from_teacher,
+    "rank_loss": compare_pairs,
 }
 
 

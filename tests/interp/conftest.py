@@ -1,5 +1,6 @@
 """Triton's interpreter runs the kernels on CPU tensors, in a process of its own (`make test`)."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -42,3 +43,28 @@ def triton_serves_add_norm():
     from encfast.kernels import add_norm as kernels
 
     yield from _serving(kernels, "add_norm", "add_norm_bwd")
+
+
+@pytest.fixture
+def triton_serves_seg_pool():
+    from encfast.kernels import seg_pool as kernels
+
+    yield from _serving(kernels, "seg_pool", "seg_pool_bwd")
+
+
+@pytest.fixture
+def triton_serves_vocabularies():
+    """By what the ops put around their launchers: checks, memory to keep, rows put back."""
+    kernels = {}
+    for stem in ("linear_cross_entropy", "linear_kl"):
+        op = importlib.import_module(f"encfast.ops.{stem}")
+        kernels |= {stem: op._triton_fwd, f"{stem}_bwd": op._triton_bwd}
+    with cpu_kernels.replaced(kernels):
+        yield
+
+
+@pytest.fixture
+def triton_serves_rank_loss():
+    from encfast.kernels import rank_loss as kernels
+
+    yield from _serving(kernels, "info_nce", "info_nce_bwd", "siglip", "siglip_bwd")

@@ -11,7 +11,9 @@ from attn_cases import Case, make_biases, make_douts, make_qkv, run_op
 from sanitizer import sanitized
 from triton.runtime.errors import InterpreterError
 
-from encfast.kernels import add_norm, glu, grouped_mm, rotary
+from encfast.kernels import _logits, add_norm, glu, grouped_mm, rank_loss, rotary, seg_pool
+from encfast.kernels import linear_cross_entropy as vocabulary
+from encfast.kernels import linear_kl as divergence
 
 
 @triton.jit
@@ -156,6 +158,61 @@ def _grouped_mm(dtype):
     return tuple(results)
 
 
+def _seg_pool(dtype):
+    """Of views, short and empty segments and one of several tiles; weights' programs take steps."""
+    cu = torch.tensor([0, 3, 3, 12], dtype=torch.int32)
+    x, weights, dout = (torch.randn(n, 40).to(dtype)[:, 3:] for n in (12, 12, 3))
+    results = []
+    with mock.patch.multiple(seg_pool, _WEIGHTS=4, _row_block=lambda C: 16):
+        for how in ("attention", "max"):
+            given = weights[:, 0] if how == "attention" else None
+            saved = seg_pool.seg_pool(x, cu, given, how, True)
+            rest = (given, *saved, how, True, True, how == "attention")
+            results += [*saved, *seg_pool.seg_pool_bwd(dout, x, cu, *rest)]
+    return tuple(results)
+
+
+def _in_parts_and_slices():
+    """Statistics by two programs a row, gradients in slices of one tile."""
+    return mock.patch.multiple(_logits, _PROGRAMS=1, _MOST_STEPS=1, SLOT_BYTES=0, _LEAST_COLUMNS=32)
+
+
+def _linear_cross_entropy(dtype):
+    """Of views, rows and columns that fill no tile."""
+    x, weight = torch.randn(35, 40).to(dtype)[:, 3:], torch.randn(45, 40).to(dtype)[:, 3:]
+    targets, options = torch.randint(0, 45, (35,)), (7, 0.1, 1e-2, 3.0)
+    head = x, weight, targets, torch.randn(45), torch.arange(35)
+    with _in_parts_and_slices():
+        loss, lse = vocabulary.linear_cross_entropy(*head, *options)
+        rest = (lse, *options, True, True, True)
+        grads = vocabulary.linear_cross_entropy_bwd(torch.randn(35), *head, *rest)
+    return loss, lse, *grads
+
+
+def _linear_kl(dtype):
+    x, weight, teacher_x, teacher_weight = (
+        torch.randn(n, c).to(dtype)[:, 3:] for c in (36, 24) for n in (19, 45)
+    )
+    heads = x, weight, teacher_x, teacher_weight, torch.randn(45), None, 2.0
+    with _in_parts_and_slices():
+        loss, lse = divergence.linear_kl(*heads)
+        grads = divergence.linear_kl_bwd(torch.randn(19), *heads, lse, True, True, True)
+    return loss, lse, *grads
+
+
+def _rank_loss(dtype):
+    """Of views, with pairs that are no candidates and rows that share a positive or have none."""
+    a, b = torch.randn(35, 40).to(dtype)[:, 3:], torch.randn(45, 40).to(dtype)[:, 3:]
+    scale, bias, positives = torch.tensor(0.3), torch.tensor(-1.0), torch.randint(-1, 45, (35,))
+    head, grads = (a, b, scale, positives, (positives + 2) % 45), torch.randn(3, 35)
+    with _in_parts_and_slices():
+        losses = rank_loss.info_nce(*head, True)
+        results = rank_loss.info_nce_bwd(*grads, *head, *losses[3:], True, True, True)
+        pairs = a, b, scale, bias, positives
+        results += rank_loss.siglip_bwd(grads[0], *pairs, True, True)
+        return *losses, *results, rank_loss.siglip(*pairs)
+
+
 _ATTENTION = [
     Case((1, 0, 35, 70), heads=2, head_size=20, rel="H", rel_size=9),
     Case((7, 0, 40, 1), (60, 3, 20, 1), head_size=16, kv_heads=2, causal=True, alibi="BH"),
@@ -171,6 +228,8 @@ def _attention(case, dtype):
 
 
 CALLS = {"add_norm": _add_norm, "glu": _glu, "grouped_mm": _grouped_mm, "rotary": _rotary}
+CALLS |= {"linear_cross_entropy": _linear_cross_entropy, "linear_kl": _linear_kl}
+CALLS |= {"rank_loss": _rank_loss, "seg_pool": _seg_pool}
 CALLS |= {str(case): functools.partial(_attention, case) for case in _ATTENTION}
 
 

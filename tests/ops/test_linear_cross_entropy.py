@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from fresh_python import python, run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_cases import BF16, DTYPES, FP32, assert_same, for_thread_counts, name, results, rows
+from row_cases import BF16, DTYPES, FP32, assert_same, for_thread_counts, name, results
+from vocab_cases import IGNORE, assert_matches, exact, operands, ours, plain, targets_of
 
-from encfast import ops, ref
+from encfast import ops
 from encfast.ops import _linear_cross_entropy_cpu as cpu
 from encfast.ops import _vocab_slices as slices
 
 NATIVE = ops.backends("linear_cross_entropy")["cpu"] == "native"
-IGNORE = -100
 
 # Rows, V and C: one of each, odd sizes, whole vectors, more than one slice, as many targets ignored
 # as counted.
@@ -32,57 +32,6 @@ OPTIONS = {
     "all": {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 3.0, "ignore_index": 3},
 }
 KEPT = {"all kept": slices.KEPT_BYTES, "some kept": 19 * 4096 * 4 + 16, "none kept": 0}
-
-
-def targets_of(m, v, ignored=IGNORE):
-    """Random targets, every third row ignored."""
-    targets = torch.randint(0, v, (m,))
-    targets[torch.arange(m) % 3 == 1] = ignored
-    return targets
-
-
-def operands(m, v, c, dtype=FP32, layout="contiguous"):
-    return {
-        "x": rows((m, c), dtype, layout),
-        "weight": rows((v, c), dtype, layout) * 2 / c**0.5,
-        "bias": torch.randn(v),
-    }
-
-
-def ours(targets, **options):
-    return lambda x, weight, bias: ops.linear_cross_entropy(
-        x, weight, targets, bias, reduction="none", **options
-    )
-
-
-def exact(targets, **options):
-    return lambda x, weight, bias: ref.linear_cross_entropy(x, weight, targets, bias, **options)[0]
-
-
-def plain(targets, rows=None, z_loss=None, softcap=None, **options):
-    """The same with logits in the dtype of x, as a model would hold them."""
-
-    def loss(x, weight, bias):
-        z = F.linear(x if rows is None else x[rows], weight, bias.to(x.dtype)).float()
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        active = targets != options.get("ignore_index", IGNORE)
-        extra = (z_loss or 0.0) * z.logsumexp(1).square().where(active, 0)
-        return F.cross_entropy(z, targets, reduction="none", **options) + extra
-
-    return loss
-
-
-def assert_matches(inputs, targets, **options):
-    few = len(targets) < 3 or inputs["weight"].shape[0] < 3
-    assert_same(
-        ours(targets, **options),
-        exact(targets, **options),
-        plain(targets, **options),
-        inputs,
-        [torch.randn(len(targets))],
-        eps_factor=4.0,
-        allow_degenerate=few or "rows" in options,
-    )
 
 
 @pytest.mark.quick
