@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from encfast.data import PackedCollator, TokenBudgetSampler, bucket_by_length, pack_ffd, packing
+from encfast.data import (
+    LengthBucketSampler,
+    PackedCollator,
+    TokenBudgetSampler,
+    bucket_by_length,
+    pack_ffd,
+    packing,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -93,7 +100,9 @@ def test_bucket_by_length_by_hand():
     )
 
 
-@pytest.mark.parametrize("plan", [pack_ffd, bucket_by_length, TokenBudgetSampler])
+@pytest.mark.parametrize(
+    "plan", [pack_ffd, bucket_by_length, TokenBudgetSampler, LengthBucketSampler]
+)
 @pytest.mark.parametrize(
     ("lengths", "budget", "error", "message"),
     [
@@ -144,6 +153,87 @@ def test_token_budget_sampler_epochs():
     sampler.set_epoch(0)
     assert list(sampler) == first
     assert list(TokenBudgetSampler([3] * 4, 6, shuffle=False)) == [[0, 1], [2, 3]]
+
+
+SAMPLERS = [TokenBudgetSampler, LengthBucketSampler]
+
+
+@settings(deadline=None)
+@given(lengths_lists, st.integers(0, 5), st.floats(0, 1))
+def test_length_bucket_sampler(lengths, epoch, max_padding):
+    options = {"max_padding": max_padding, "max_sequences": 5}
+    sampler = LengthBucketSampler(lengths, CAPACITY, seed=3, **options)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    in_order = LengthBucketSampler(lengths, CAPACITY, shuffle=False, **options)
+    planned = bucket_by_length(lengths, CAPACITY, **options)
+    assert list(in_order) == [batch.tolist() for batch in planned]
+    # Sequences of one length change places, batches change theirs.
+    shapes = [sorted(sorted(lengths[i] for i in b) for b in bs) for bs in (batches, planned)]
+    assert shapes[0] == shapes[1]
+
+
+def test_length_bucket_sampler_epochs():
+    sampler = LengthBucketSampler([3, 4] * 30, 12, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    with pytest.raises(ValueError, match=r"max_padding=1\.5"):
+        LengthBucketSampler([1], 8, max_padding=1.5)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_samplers_deal_to_processes(kind, world_size):
+    lengths = [1 + i % 7 for i in range(40)]
+    whole = list(kind(lengths, 16, seed=2))
+    parts = [
+        list(kind(lengths, 16, seed=2, rank=r, world_size=world_size)) for r in range(world_size)
+    ]
+    assert len({len(part) for part in parts}) == 1, "every process does as many steps"
+    dealt = [batch for step in zip(*parts, strict=True) for batch in step]
+    assert dealt[: len(whole)] == whole
+    assert dealt[len(whole) :] == whole[: len(dealt) - len(whole)]
+    # Fewer batches than processes.
+    assert [list(kind([4], 16, rank=r, world_size=3)) for r in range(3)] == [[[0]]] * 3
+    assert list(kind([], 16, rank=1, world_size=2)) == []
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_samplers_resume(kind):
+    lengths = [1 + i % 7 for i in range(40)]
+    sampler = kind(lengths, 16, seed=5)
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    running = iter(sampler)
+    done = [next(running) for _ in range(3)]
+    state = sampler.state_dict()
+    assert state == {"seed": 5, "epoch": 4, "given": 3}
+
+    other = kind(lengths, 16)
+    other.load_state_dict(state)
+    other.set_epoch(4)  # a trainer says it again
+    assert done + list(other) == whole
+    assert list(other) == whole, "the next iteration is a whole epoch"
+    other.load_state_dict(state)
+    other.set_epoch(5)
+    assert len(list(other)) == len(other)
+    assert list(sampler) == whole, "an iteration that was left starts anew"
+    with pytest.raises(ValueError, match=r"given=99 in the state, expected at most"):
+        other.load_state_dict(state | {"given": 99})
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_samplers_refuse_ranks(kind):
+    with pytest.raises(ValueError, match=r"rank=2: expected between 0 and world_size - 1 = 1"):
+        kind([1], 8, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="world_size=0"):
+        kind([1], 8, world_size=0)
+    with pytest.raises(TypeError, match=r"rank=0\.0 is float"):
+        kind([1], 8, rank=0.0)
 
 
 def test_loader_with_worker():

@@ -13,12 +13,13 @@ from encfast.data.mask_grids import (
 from encfast.data.masking import mask_tokens
 from encfast.data.packing import bucket_by_length, pack_ffd
 from encfast.data.patches import group_mask, random_mask, tube_mask
-from encfast.data.sampler import TokenBudgetSampler
+from encfast.data.sampler import LengthBucketSampler, TokenBudgetSampler
 from encfast.data.text import TextBatch
 
 __all__ = [
     "ClipBatch",
     "ImageBatch",
+    "LengthBucketSampler",
     "PackedCollator",
     "TextBatch",
     "TokenBudgetSampler",
