@@ -15,7 +15,7 @@ import encfast
 from encfast import PackedBatch, ops
 from encfast.config import BlockConfig
 from encfast.inference import compile_encoder
-from encfast.layers import Block, pool
+from encfast.layers import Block, RelativeBias, pool
 
 from .models.common import assert_parity, random_tokens
 
@@ -311,6 +311,7 @@ def test_describes_what_runs(dtype):
         (lambda m: activate(m, torch.tanh), "blocks.1.mlp.act is .*tanh"),
         (lambda m: hooked(m, "stack.blocks.0"), "stack.blocks.0 has forward hooks"),
         (lambda m: optioned(m, layer_scale=0.1), "stack.blocks.1 has LayerScale"),
+        (lambda m: replace(m, "stack.relative", RelativeBias(2)), "bias of relative positions"),
         (lambda m: optioned(m, qkv_bias="qv"), "blocks.1.attn.qkv is a .*QVBiasLinear"),
         (lambda m: optioned(m, qk_norm=True), "blocks.1 has norms over heads"),
         (lambda m: optioned(m, norm_position="sandwich"), "or behind its branches"),

@@ -87,6 +87,11 @@ class CompiledEncoder:
         parts = _parts(model)
         _check_device(model)
         stack = expect("stack", parts.stack, Stack)
+        if stack.relative is not None:
+            raise NotImplementedError(
+                "compile_encoder: stack has a bias of relative positions, which packed blocks do "
+                "not add; call the model itself"
+            )
         formats = dict.fromkeys(LINEARS, FORMATS[self.dtype])
         formats |= dict.fromkeys(self.in_bf16, "bf16")
         embed = EmbedCall.read("embed", parts.embed, self.compute_dtype)
