@@ -1,4 +1,4 @@
-"""VL-JEPA's towers against transformers: outputs and gradients; published sizes."""
+"""VL-JEPA's towers against transformers: outputs, gradients, names both ways; published sizes."""
 
 import dataclasses
 
@@ -28,12 +28,15 @@ def shaken(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def compare(ours, theirs, names, out, expected) -> None:
-    """Outputs, and gradients of one weighted sum of them."""
+    """Outputs, gradients of one weighted sum of them, and the way back."""
     assert_parity("rows", out, expected)
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     (out * weight).sum().backward()
     assert_gradient_parity(ours, theirs, names)
+    tensors = theirs.state_dict()
+    for name, tensor in weights.export(ours, names).items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 @pytest.mark.quick
@@ -101,7 +104,7 @@ def test_predictor_is_the_last_layers_of_llama_without_a_mask(first):
     shaken(theirs)
     theirs.layers = theirs.layers[first:]
     predictor = encfast.create("vl_jepa/tiny", predictor=llama).predictor
-    ours, names = predictor.layers, llama_names(llama.depth)
+    ours, names = predictor.layers, llama_names(llama)
     tensors = theirs.state_dict()
     weights.load(ours, tensors, names, ignore=["embed_tokens.weight"])
     rows = [torch.randn(n, llama.dim) for n in (50, 1, 7)]
@@ -139,7 +142,7 @@ def test_text_is_gemma_both_ways():
         )
     )
     shaken(theirs)
-    ours, names = TextEncoder(c, 8), gemma_names(c.depth)
+    ours, names = TextEncoder(c, 8), gemma_names(c)
     weights.load(ours, theirs.state_dict(), names, keep=["out.weight", "out.bias"])
     texts = [torch.randint(1, c.vocab_size, (n,)) for n in (23, 1, 9)]
     out = ours.rows(PackedBatch.from_list(texts)).data
