@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Cosines that differ by 1 are 100 apart at the published temperature: their exponentials are
+# subnormal and slow. 2^-100 vanishes beside the nearest row's 1, be there millions of them.
+_VANISHING = -100 * math.log(2)
+
 
 @torch.no_grad()
 def soft_retrieve(
@@ -46,7 +50,7 @@ def soft_retrieve(
         values = rows.to(q)  # [n, D]
         scores = q @ values.t()  # [B, n]
         now = torch.maximum(largest, scores.amax(1, keepdim=True))
-        scores, kept = scores.sub_(now).exp_(), (largest - now).exp()
+        scores, kept = scores.sub_(now).clamp_(min=_VANISHING).exp_(), (largest - now).exp()
         total = total * kept + scores.sum(1, keepdim=True)
         out = torch.addmm(out * kept, scores, values)
         largest = now

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from encfast.config import BlockConfig
 from encfast.layers.patch import flat_kernel
-from encfast.models._vl_jepa_config import VisionConfig
+from encfast.models._vl_jepa_config import LlamaConfig, TextConfig, VisionConfig
 from encfast.weights import Tied, both
 
 
@@ -31,13 +32,14 @@ def vision_names(config: VisionConfig) -> list[Tied]:
     return names
 
 
-def llama_names(depth: int, *, first: int = 0) -> list[Tied]:
+def llama_names(config: LlamaConfig, *, first: int = 0) -> list[Tied]:
     """Of :class:`Llama`, in a ``LlamaModel`` from its layer ``first`` on (8 of Llama 3.2 1B)."""
     pairs = [("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")]
-    return [Tied("norm.weight", ("norm.weight",)), *_layers(depth, first, pairs)]
+    layers = _layers(config.block(causal=False), config.depth, first, pairs)
+    return [Tied("norm.weight", ("norm.weight",)), *layers]
 
 
-def gemma_names(depth: int) -> list[Tied]:
+def gemma_names(config: TextConfig) -> list[Tied]:
     """Of :class:`TextEncoder`, its projection left out, in a ``Gemma3TextModel``."""
     pairs = [
         ("norm1", "input_layernorm"),
@@ -50,23 +52,25 @@ def gemma_names(depth: int) -> list[Tied]:
     return [
         Tied("tokens.weight", ("embed_tokens.weight",)),
         Tied("norm.weight", ("norm.weight",)),
-        *_layers(depth, 0, pairs),
+        *_layers(config.block(0), config.depth, 0, pairs),
     ]
 
 
-def _layers(depth: int, first: int, pairs: list[tuple[str, str]]) -> list[Tied]:
+def _layers(block: BlockConfig, depth: int, first: int, pairs: list[tuple[str, str]]) -> list[Tied]:
     """What Llama and Gemma have in common, and ``pairs`` of further names."""
+    rows = tuple(n * block.head_size for n in (block.num_heads, block.kv_heads, block.kv_heads))
     names = []
     for i in range(depth):
         ours, theirs = f"stack.blocks.{i}", f"layers.{first + i}"
-        fused = {
-            "attn.qkv": tuple(f"self_attn.{x}_proj" for x in "qkv"),
+        qkv = tuple(f"{theirs}.self_attn.{x}_proj.weight" for x in "qkv")
+        names.append(Tied(f"{ours}.attn.qkv.weight", qkv, sizes=rows))
+        parts = {
             "attn.out": ("self_attn.o_proj",),
             "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
             "mlp.down": ("mlp.down_proj",),
         } | {a: (b,) for a, b in pairs}
         names += [
-            Tied(f"{ours}.{a}.weight", tuple(f"{theirs}.{name}.weight" for name in parts))
-            for a, parts in fused.items()
+            Tied(f"{ours}.{a}.weight", tuple(f"{theirs}.{name}.weight" for name in whole))
+            for a, whole in parts.items()
         ]
     return names
