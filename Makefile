@@ -22,7 +22,7 @@ CUDA_VENV := build/cuda-venv
 BIN = $(VENV)/bin
 # What the build imports, beside PyTorch; without build isolation pip does not fetch it.
 BUILD_NEEDS := 'setuptools>=77' wheel numpy 'pybind11>=2.13'
-EXTRAS := hf,bench,test,gpu-test,dev
+EXTRAS := hf,bench,examples,test,gpu-test,dev
 # Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
 INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
 # Tests use one thread each; a file stays in one process, for what its tests share.

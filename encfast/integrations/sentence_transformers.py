@@ -8,6 +8,10 @@ sentence-transformers can hand over flattened texts, without a grid from the tok
 to attention implementations with "flash" in their name. This makes the same switch for "encfast":
 its collator packs ids, the attention knows where texts start, its pooling reads the same lengths.
 
+    from encfast.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+is sentence-transformers' class of that name without the matrices of scores between all texts.
+
 Source: `Transformer._can_flatten_inputs` of sentence-transformers 6.2.
 """
 
@@ -67,6 +71,16 @@ def enable(model: ModelT) -> ModelT:
     first._flatten_position_offset = first._infer_flatten_position_offset()
     first.can_flatten_inputs = True
     return model
+
+
+def __getattr__(name: str) -> Any:
+    """The loss inherits from sentence-transformers, which this module does without until asked."""
+    if name != "MultipleNegativesRankingLoss":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _version()
+    from encfast.integrations import _sentence_transformers_loss
+
+    return _sentence_transformers_loss.MultipleNegativesRankingLoss
 
 
 def _version() -> str:
