@@ -236,7 +236,7 @@ def test_refuses_what_does_not_fit():
     model = tiny()
     batch = batch_of(model, 4)
     wrong = Anchors(batch.clip[:3], batch.multilingual, batch.images, batch.sentences)
-    with pytest.raises(ValueError, match=r"the features have \[3, 4\] rows, expected one number"):
+    with pytest.raises(ValueError, match=r"features have \[3, 4, 4, 4\] rows, expected one number"):
         model.loss(wrong)
     with pytest.raises(ValueError, match="noise must be >= 0 and finite, got -1"):
         tiny(noise=-1.0)

@@ -230,7 +230,7 @@ def test_classification_and_retrieval_compare_the_same_embeddings():
         ({"objective": "infonec"}, "objective 'infonec' is unknown; did you mean 'infonce'"),
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"text_lr_ratio": -0.1}, "text_lr_ratio must be >= 0 and finite, got -0.1"),
-        ({"prefix": 0}, "prefix >= 1, got 2 and 0"),
+        ({"prefix": 0}, "prefix >= 1, got 1 and 0"),
         ({"eos_id": 128}, "eos_id = 128 is no id of a vocabulary of 128"),
     ],
     ids=str,

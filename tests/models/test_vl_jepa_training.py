@@ -175,17 +175,22 @@ def test_embeddings_choose_captions_and_tokens_learn_later():
 
 
 def test_cosine_alone_collapses():
-    """Acceptance 5: without negatives all embeddings become one."""
+    """Acceptance 5: without negatives the embeddings of all clips, and of all texts, become one.
 
-    def alike(model: VlJepa) -> float:
+    Measured, clips and texts: 0.33 and 0.37 before any step, 0.9997 and 0.9992 after, 0.999 and
+    0.998 after 50 steps; 0.02 and 0.01 with negatives.
+    """
+
+    @torch.no_grad()
+    def alike(model: VlJepa) -> list[float]:
+        """Mean cosine of two clips, and of two texts."""
         batch, _ = batch_of(128, torch.Generator().manual_seed(3))
-        x = model(batch.clips).detach()
-        return ((x @ x.t()).sum().item() - 128) / (128 * 127)
+        both = model(batch.clips), model.embed_text(batch.target)
+        return [((x @ x.t()).sum().item() - 128) / (128 * 127) for x in both]
 
-    found = {objective: alike(trained(objective)) for objective in ("infonce", "cosine")}
-    print(found)
-    assert found["cosine"] > 0.95, found
-    assert found["infonce"] < 0.5, found
+    assert max(alike(build("cosine").eval())) < 0.5, "alike before it is trained"
+    assert min(alike(trained("cosine"))) > 0.95
+    assert max(alike(trained("infonce"))) < 0.5
 
 
 def score(texts: list[Tensor], labels: Tensor, classes: Tensor) -> float:
