@@ -108,7 +108,7 @@ class Training:
 
 
 @torch.no_grad()
-def tested(model: FrozenInTime, looks: Tensor, sample: Sample) -> tuple[float, float]:
+def score(model: FrozenInTime, looks: Tensor, sample: Sample) -> tuple[float, float]:
     """Loss of 16 batches of all looks, and the share of their clips that find their caption."""
     generator = torch.Generator().manual_seed(99)
     total, right = 0.0, 0.0
@@ -137,7 +137,7 @@ def test_one_frame_first_saves_attention():
             training.use(training.model.with_frames(4))
         training.run(last, partial(flickering, frames=4))
         sample = partial(flickering, frames=4, how="middle")
-        found.append(tested(training.model, looks, sample)[0])
+        found.append(score(training.model, looks, sample)[0])
         scores.append(training.scores)
     assert scores[1] < 0.6 * scores[0], scores
     assert found[1] <= found[0], found

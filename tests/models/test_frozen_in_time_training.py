@@ -109,7 +109,7 @@ class Training:
 
 
 @torch.no_grad()
-def tested(model: FrozenInTime, frames: int) -> tuple[float, float]:
+def score(model: FrozenInTime, frames: int) -> tuple[float, float]:
     """Loss of 32 batches, and the share of their clips that find their caption."""
     generator = torch.Generator().manual_seed(99)
     total, right = 0.0, 0.0
@@ -140,7 +140,7 @@ def test_four_frames_tell_a_direction_and_one_does_not():
         if frames == 4:
             assert turned(training.model) < 1e-5
         training.run(250, frames)
-        found[frames] = tested(training.model, frames)
+        found[frames] = score(training.model, frames)
     assert turned(training.model) > 0.1
     assert found[4][1] > 0.9, found
     assert 0.3 < found[1][1] < 0.7, found

@@ -34,12 +34,23 @@ void append(std::vector<char>& all, const void* data, size_t bytes) {
 std::vector<char> run(const Case& c, RankLoss loss, int threads, bool& written) {
   Values values;
   const auto a = values.make(c.dtype, c.B * c.D), b = values.make(c.dtype, c.M * c.D);
-  std::vector<int64_t> positives;
-  for (int64_t i = 0; i < c.B; ++i) positives.push_back(i % 3 ? (7 * i) % c.M : -1);
+  std::vector<int64_t> positives, excluded;
+  for (int64_t i = 0; i < c.B; ++i) {
+    positives.push_back(i % 3 ? (7 * i) % c.M : -1);
+    // Beside the positive, in every second row that has one; c.M may be 1.
+    excluded.push_back(i % 6 == 1 && c.M > 1 ? (7 * i + 1) % c.M : -1);
+  }
   const bool both = loss == RankLoss::kBoth, softmax = loss != RankLoss::kSigmoid;
-  const RankProblem q{
-      loss, c.B,  c.M, c.D, {a.data(), c.D, c.dtype}, {b.data(), c.D, c.dtype}, positives.data(),
-      0.7f, -0.1f};
+  const RankProblem q{loss,
+                      c.B,
+                      c.M,
+                      c.D,
+                      {a.data(), c.D, c.dtype},
+                      {b.data(), c.D, c.dtype},
+                      positives.data(),
+                      softmax ? excluded.data() : nullptr,
+                      0.7f,
+                      -0.1f};
   std::vector<float> row_loss = unwritten(c.B), col_loss = unwritten(both ? c.B : 0);
   std::vector<float> positive = unwritten(c.B);
   std::vector<float> rows = unwritten(softmax ? 2 * c.B : 0),
