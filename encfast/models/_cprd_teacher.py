@@ -19,6 +19,34 @@ from encfast.models._cprd_config import CprdConfig
 from encfast.packed import PackedBatch
 
 
+def image_encoder(config: CprdConfig, **factory: Any) -> PatchEncoder:
+    """The ViT of the student, and of the teacher."""
+    return PatchEncoder(
+        config.image_size,
+        config.patch_size,
+        config.image_blocks(),
+        learned_positions=True,
+        channels=config.channels,
+        mean=config.pixel_mean,
+        std=config.pixel_std,
+        **factory,
+    )
+
+
+def word_embeddings(config: CprdConfig, **factory: Any) -> Embeddings:
+    """BERT's, of the student and of the teacher."""
+    return Embeddings(
+        config.vocab_size,
+        config.text_dim,
+        max_positions=config.max_positions,
+        num_segments=config.num_segments,
+        norm_eps=config.text_norm_eps,
+        dropout=config.dropout,
+        padding_idx=config.pad_id,
+        **factory,
+    )
+
+
 class FusionBlock(nn.Module):
     """A BERT block, with attention to an image between its attention and its MLP; post-norm.
 
@@ -80,26 +108,8 @@ class CrossEncoder(Model):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.image = PatchEncoder(
-            config.image_size,
-            config.patch_size,
-            config.image_blocks(),
-            learned_positions=True,
-            channels=config.channels,
-            mean=config.pixel_mean,
-            std=config.pixel_std,
-            **factory,
-        )
-        self.embed = Embeddings(
-            config.vocab_size,
-            config.text_dim,
-            max_positions=config.max_positions,
-            num_segments=config.num_segments,
-            norm_eps=config.text_norm_eps,
-            dropout=config.dropout,
-            padding_idx=config.pad_id,
-            **factory,
-        )
+        self.image = image_encoder(config, **factory)
+        self.embed = word_embeddings(config, **factory)
         block, first = config.text_block(), config.teacher_text_layers
         self.blocks = nn.ModuleList(
             FusionBlock(block, context_dim=config.dim if i >= first else None, **factory)

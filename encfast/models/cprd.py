@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from encfast import ops
 from encfast.data.images import smooth_images
-from encfast.layers import Embeddings, PatchEncoder, Stack
+from encfast.layers import Stack
 from encfast.layers.base import Model, init_normal
 from encfast.models._cprd_config import CprdConfig
 from encfast.models._cprd_queue import MomentumQueue
-from encfast.models._cprd_teacher import CrossEncoder
+from encfast.models._cprd_teacher import CrossEncoder, image_encoder, word_embeddings
 from encfast.packed import PackedBatch
 from encfast.registry import ModelInfo, register
 
@@ -86,26 +86,8 @@ class Cprd(Model):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.image = PatchEncoder(
-            config.image_size,
-            config.patch_size,
-            config.image_blocks(),
-            learned_positions=True,
-            channels=config.channels,
-            mean=config.pixel_mean,
-            std=config.pixel_std,
-            **factory,
-        )
-        self.embed = Embeddings(
-            config.vocab_size,
-            config.text_dim,
-            max_positions=config.max_positions,
-            num_segments=config.num_segments,
-            norm_eps=config.text_norm_eps,
-            dropout=config.dropout,
-            padding_idx=config.pad_id,
-            **factory,
-        )
+        self.image = image_encoder(config, **factory)
+        self.embed = word_embeddings(config, **factory)
         self.text = Stack([config.text_block()] * config.text_depth, **factory)
         self.image_proj = nn.Linear(config.dim, config.embed_dim, **factory)
         self.text_proj = nn.Linear(config.text_dim, config.embed_dim, **factory)
