@@ -14,10 +14,9 @@ from torch import Tensor
 from encfast import PackedBatch
 from encfast.models.frozen_in_time import CaptionedClips, FrozenInTime, sample_frames
 
-from .test_frozen_in_time_training import model_for
+from .test_frozen_in_time_training import LENGTH, SHADES, SIDE, SQUARE, model_for
+from .test_frozen_in_time_training import Training as TrainingOnDirections
 
-SIDE, SQUARE, LENGTH = 12, 4, 8  # pixels, pixels, frames of a video
-SHADES = torch.tensor([-4.0, -2.0, 2.0, 4.0])
 PATTERNS = 4
 LOOKS = len(SHADES) * PATTERNS
 
@@ -69,7 +68,7 @@ def captions(looks: Tensor) -> PackedBatch:
     return PackedBatch.from_lengths(ids.flatten(), [4] * len(looks))
 
 
-class Training:
+class Training(TrainingOnDirections):
     """AdamW on one model; keeps count of the scores of its attention.
 
     Args:
@@ -81,19 +80,7 @@ class Training:
 
     def __init__(self, model: FrozenInTime, looks: Tensor, seed: int, size: int) -> None:
         self.looks, self.size = looks, size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.scores = 0
-        self.use(model)
-
-    def use(self, model: FrozenInTime) -> None:
-        """Goes on with another model, and a fresh optimiser."""
-        self.model = model
-        # Times and the attention in time start at zero, and are to be found in a few steps.
-        slow, fast = [], []
-        for name, p in model.named_parameters():
-            (fast if name == "clips.times" else slow).append(p)
-        groups = [{"params": slow, "lr": 2e-3}, {"params": fast, "lr": 3e-2}]
-        self.optimizer = torch.optim.AdamW(groups)
+        super().__init__(model, seed)
 
     def run(self, steps: int, sample: Sample) -> None:
         """Steps on what ``sample`` makes of the looks drawn."""
