@@ -27,7 +27,8 @@ PhiloxKey key_of(const char* op, const OptTensor& rng, const Tensor& like) {
 
 void check_int32_range(const char* op, const char* name, const Tensor& x, int64_t end) {
   const int32_t* values = x.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < x.numel(); ++i) {
+  const int64_t n = x.numel();
+  for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(values[i] >= -1 && values[i] < end, op, ": ", name, " holds ", values[i],
                     ", expected -1..", end - 1);
   }

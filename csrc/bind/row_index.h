@@ -14,7 +14,8 @@ inline Tensor checked_index(const char* op, const char* name, const Tensor& inde
   check_dtype(op, name, index, ScalarType::Long, "int64");
   Tensor contiguous = torch::stable::contiguous(index);
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < contiguous.size(0); ++i) {
+  const int64_t n = contiguous.size(0);
+  for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(values[i] >= low && values[i] < rows, op, ": ", name, " holds ", values[i],
                     " at ", i, ", expected ", low, "..", rows - 1);
   }
