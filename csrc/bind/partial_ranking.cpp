@@ -57,8 +57,9 @@ Tensor checked_integers(const char* op, const char* name, const Tensor& x, int64
   Tensor contiguous = torch::stable::contiguous(x);
   const int64_t* values = contiguous.const_data_ptr<int64_t>();
   // Least and largest first: a loop that compilers vectorise.
+  const int64_t n = contiguous.numel();
   int64_t least = high, most = low;
-  for (int64_t i = 0; i < contiguous.numel(); ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     least = std::min(least, values[i]);
     most = std::max(most, values[i]);
   }

@@ -6,6 +6,9 @@
 //   gathered  a product, or a multiple of a row of b, at a time. db by rows of b, over the places
 //             where each is a candidate.
 //
+// Dense products are of bf16 where one instruction multiplies it (gemm_pack.h), those with G always
+// of floats: G rounded to bf16 would not cancel where candidates differ by little of their length.
+//
 // Workspace: dense, b and (backward) 192 M + M D floats; it is used where M is a small multiple of
 // K. A row of a gradient is one task's or grows block by block in order: no result depends on the
 // threads.
@@ -22,34 +25,39 @@ constexpr int64_t kGatherRows = 16;  // rows of a task that gathers or scatters
 constexpr int64_t kPanelFloats = (kDenseRows + 1) * kPanel;
 constexpr int64_t kGradSide = kChunk + 4;
 
+template <class Word>
 int64_t dots_slot_floats(const CandidateProblem& q) {
-  return q.dense ? left_floats(q.D) + parts(q.M, kPanel) * kPanelFloats : round_up(q.D, kMaxLanes);
+  return q.dense ? left_floats<Word>(q.D) + parts(q.M, kPanel) * kPanelFloats
+                 : round_up(q.D, kMaxLanes);
 }
 
+template <class Word>
 int64_t dots_bytes(const CandidateProblem& q, int threads) {
-  const int64_t packed = q.dense ? Panels::floats(q.D, q.M) : 0;
-  return 4 * (packed + threads * round_up(dots_slot_floats(q), kMaxLanes) + 2 * kMaxLanes);
+  const int64_t packed = q.dense ? Panels::floats<Word>(q.D, q.M) : 0;
+  return 4 * (packed + threads * round_up(dots_slot_floats<Word>(q), kMaxLanes) + 2 * kMaxLanes);
 }
 
-template <DType kT>
+template <class Word>
 class CandidateDots {
+  static constexpr DType kT = Word::kT;
+
  public:
   CandidateDots(const CandidateDotsParams& p, const Pool& pool)
       : p_(p), q_(p.q), pool_(pool), all_(nullptr, p.q.M) {
     Carver c{static_cast<float*>(p.workspace)};
-    if (q_.dense) all_.data = c.take(Panels::floats(q_.D, q_.M));
+    if (q_.dense) all_.data = c.take(Panels::floats<Word>(q_.D, q_.M));
     slots_ = c.take(0);
   }
 
   void run() {
     const int64_t rows = q_.dense ? kDenseRows : kGatherRows;
     if (q_.dense) {
-      const RowSpan<kT> b{q_.b, 0, q_.M, q_.D};
+      const RowSpan<Word> b{q_.b, 0, q_.M, q_.D};
       run_tasks(pool_, parts(q_.M, kPanel),
                 [&](int64_t panel, int) { b.pack_transposed_panel(panel, all_); });
     }
     run_tasks(pool_, parts(q_.B, rows), [&](int64_t task, int index) {
-      float* slot = slots_ + index * round_up(dots_slot_floats(q_), kMaxLanes);
+      float* slot = slots_ + index * round_up(dots_slot_floats<Word>(q_), kMaxLanes);
       const int64_t row = task * rows, n = smaller(rows, q_.B - row);
       if (q_.dense) return multiply_all(row, n, slot);
       for (int64_t i = row; i < row + n; ++i) multiply_chosen(i, slot);
@@ -58,19 +66,27 @@ class CandidateDots {
 
  private:
   void multiply_all(int64_t row, int64_t n, float* left) {
-    float* products = left + left_floats(q_.D);
-    RowSpan<kT>{q_.a, row, n, q_.D}.pack_left(left);
+    float* products = left + left_floats<Word>(q_.D);
+    RowSpan<Word>{q_.a, row, n, q_.D}.pack_left(left);
     for (int64_t panel = 0; panel < parts(q_.M, kPanel); ++panel) {
-      multiply_panel(left, n, all_, panel, q_.D, products + panel * kPanelFloats);
+      multiply_panel<Word>(left, n, all_, panel, q_.D, products + panel * kPanelFloats);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t* candidates = q_.candidates + (row + i) * q_.K;
       float* dots = p_.dots + (row + i) * q_.K;
       const float* of_row = products + i * kPanel;
+      if (i + 1 < n) fetch(of_row + kPanel);
       for (int64_t j = 0; j < q_.K; ++j) {
         const auto c = static_cast<uint64_t>(candidates[j]);
         dots[j] = of_row[c / kPanel * kPanelFloats + c % kPanel];
       }
+    }
+  }
+
+  // Asks for a row of products, whose pieces lie far apart in L3.
+  void fetch(const float* of_row) const {
+    for (int64_t panel = 0; panel < parts(q_.M, kPanel); ++panel, of_row += kPanelFloats) {
+      for (int64_t lane = 0; lane < kPanel; lane += 16) __builtin_prefetch(of_row + lane, 0, 2);
     }
   }
 
@@ -98,32 +114,36 @@ class CandidateDots {
 };
 
 int64_t dots_bwd_slot_floats(const CandidateProblem& q) {
-  return q.dense ? kTurnedFloats : round_up(q.D, kMaxLanes);
+  if (!q.dense) return round_up(q.D, kMaxLanes);
+  return q.M > kTurnedFloats ? round_up(q.M, kMaxLanes) : kTurnedFloats;
 }
 
+template <class Word>
 int64_t dots_bwd_bytes(const CandidateDotsBwdParams& p, int threads) {
   const CandidateProblem& q = p.q;
   const int64_t width = round_up(q.D, kPanel);
   int64_t floats = threads * round_up(dots_bwd_slot_floats(q), kMaxLanes) + 8 * kMaxLanes;
   if (q.dense) {
-    floats += Panels::floats(q.M, q.D) + Panels::floats(kChunk, q.D) +
-              parts(q.M, kTerms) * kTerms * kGradSide + kChunk * width +
+    floats += Panels::floats<Word>(q.M, q.D) + Panels::floats<Word>(kChunk, q.D) +
+              GradBlock<Word>::floats(kGradSide, q.M) + kChunk * width +
               round_up(q.M, kShortTileRows) * width;
   }
   return 4 * floats;
 }
 
-template <DType kT>
+template <class Word>
 class CandidateDotsBwd {
+  static constexpr DType kT = Word::kT;
+
  public:
   CandidateDotsBwd(const CandidateDotsBwdParams& p, const Pool& pool)
       : p_(p), q_(p.q), pool_(pool), b_terms_(nullptr, p.q.D), a_terms_(nullptr, p.q.D) {
     Carver c{static_cast<float*>(p.workspace)};
     if (q_.dense) {
       const int64_t width = round_up(q_.D, kPanel);
-      b_terms_.data = c.take(Panels::floats(q_.M, q_.D));
-      a_terms_.data = c.take(Panels::floats(kChunk, q_.D));
-      grads_ = {c.take(parts(q_.M, kTerms) * kTerms * kGradSide), kGradSide};
+      b_terms_.data = c.take(Panels::floats<Word>(q_.M, q_.D));
+      a_terms_.data = c.take(Panels::floats<Word>(kChunk, q_.D));
+      grads_ = {c.take(GradBlock<Word>::floats(kGradSide, q_.M)), kGradSide};
       da_sums_ = c.take(kChunk * width);
       b_in_place_ = sums_in_place(p.db, q_.M, q_.D);
       db_sums_ = b_in_place_ ? static_cast<float*>(p.db.data)
@@ -135,8 +155,8 @@ class CandidateDotsBwd {
   void run() {
     if (!q_.dense) return run_gathered();
     if (p_.da.data) {
-      const RowSpan<kT> b{q_.b, 0, q_.M, q_.D};
-      run_tasks(pool_, parts(q_.M, kTerms),
+      const RowSpan<Word> b{q_.b, 0, q_.M, q_.D};
+      run_tasks(pool_, parts(q_.M, kStep<Word>),
                 [&](int64_t block, int) { b.pack_terms(block, b_terms_); });
     }
     for (int64_t row = 0; row < q_.B; row += kChunk) run_block(row, smaller(kChunk, q_.B - row));
@@ -151,12 +171,12 @@ class CandidateDotsBwd {
   }
 
   void run_block(int64_t row, int64_t rows) {
-    const RowSpan<kT> a{q_.a, row, rows, q_.D};
-    const int64_t spreads = parts(rows, kGatherRows), blocks = parts(rows, kTerms);
-    run_tasks(pool_, spreads + blocks, [&](int64_t task, int) {
+    const RowSpan<Word> a{q_.a, row, rows, q_.D};
+    const int64_t spreads = parts(rows, kGatherRows), blocks = parts(rows, kStep<Word>);
+    run_tasks(pool_, spreads + blocks, [&](int64_t task, int index) {
       if (task >= spreads) return a.pack_terms(task - spreads, a_terms_);
       for (int64_t i = task * kGatherRows; i < smaller((task + 1) * kGatherRows, rows); ++i) {
-        spread(row, i);
+        spread(row, i, slot(index));
       }
     });
     const int64_t spans = parts(q_.D, kSpan);
@@ -173,14 +193,14 @@ class CandidateDotsBwd {
     if (p_.da.data) write_sums<kT>(pool_, da_sums_, p_.da, row, rows, q_.D);
   }
 
-  // Gradients of the K products of row + i to their columns of G, zeros to the others.
-  void spread(int64_t row, int64_t i) {
-    for (int64_t j = 0; j < q_.M; j += kTerms) std::memset(grads_.at(i, j), 0, 4 * kTerms);
-    float* of_row = grads_.at(i, 0);
+  // Gradients of the K products of row + i to their columns of G, zeros to the others. Collected
+  // close together: slices of G lie on many pages.
+  void spread(int64_t row, int64_t i, float* sums) {
+    std::memset(sums, 0, 4 * round_up(q_.M, kW));
     const int64_t first = (row + i) * q_.K;
-    for (int64_t j = first; j < first + q_.K; ++j) {
-      const auto c = static_cast<uint64_t>(q_.candidates[j]);
-      of_row[c / kTerms * (kGradSide * kTerms) + c % kTerms] += p_.ddots[j];
+    for (int64_t j = first; j < first + q_.K; ++j) sums[q_.candidates[j]] += p_.ddots[j];
+    for (int64_t c = 0; c < q_.M; c += kW) {
+      store(grads_.at(i, c), load(sums + c));
     }
   }
 
@@ -234,7 +254,7 @@ class CandidateDotsBwd {
   const CandidateProblem& q_;
   const Pool& pool_;
   Panels b_terms_, a_terms_;
-  GradBlock grads_{nullptr, 0};
+  GradBlock<Word> grads_{nullptr, 0};
   float *da_sums_ = nullptr, *db_sums_ = nullptr, *slots_;
   bool b_in_place_ = false;
 };

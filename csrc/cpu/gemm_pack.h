@@ -49,6 +49,21 @@ struct Bf16Pair {
 };
 #endif
 
+// What rows of a dtype are multiplied as: pairs of bf16 where one instruction does that, else
+// floats.
+template <DType kT>
+struct WordOf {
+  using Type = FloatWord<kT>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct WordOf<DType::kBFloat16> {
+  using Type = Bf16Pair;
+};
+#endif
+template <DType kT>
+using ProductWord = typename WordOf<kT>::Type;
+
 template <class Word>
 constexpr int64_t kWordBytes = Word::kElements * element_bytes(Word::kT);
 

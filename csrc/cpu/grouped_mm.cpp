@@ -177,11 +177,8 @@ void multiply_words(const GroupedMmParams& p, const Pool& pool) {
 }
 
 void multiply(const GroupedMmParams& p, const Pool& pool) {
-#if defined(__AVX512BF16__)
-  if (p.a.dtype == DType::kBFloat16) return multiply_words<Bf16Pair>(p, pool);
-#endif
   with_dtype(p.a.dtype,
-             [&](auto tag) { multiply_words<FloatWord<decltype(tag)::value>>(p, pool); });
+             [&](auto tag) { multiply_words<ProductWord<decltype(tag)::value>>(p, pool); });
 }
 
 // Up to kSumColumns columns of one group: sums of kSumRows rows each, then of these.

@@ -169,21 +169,43 @@ void bwd(const RankingBwdParams& p, const Pool& pool) {
   });
 }
 
+int64_t hard_negatives_bytes_of(const HardNegativesParams& p, int threads) {
+  return bytes_of(p.a.dtype, [&](auto tag) {
+    return hard_negatives_bytes<ProductWord<decltype(tag)::value>>(p, threads);
+  });
+}
+
+int64_t dots_bytes_of(const CandidateProblem& q, int threads) {
+  return bytes_of(q.a.dtype, [&](auto tag) {
+    return dots_bytes<ProductWord<decltype(tag)::value>>(q, threads);
+  });
+}
+
+int64_t dots_bwd_bytes_of(const CandidateDotsBwdParams& p, int threads) {
+  return bytes_of(p.q.a.dtype, [&](auto tag) {
+    return dots_bwd_bytes<FloatWord<decltype(tag)::value>>(p, threads);
+  });
+}
+
 void hard_negatives(const HardNegativesParams& p, const Pool& pool) {
-  with_dtype(p.a.dtype, [&](auto tag) { HardNegatives<decltype(tag)::value>(p, pool).run(); });
+  with_dtype(p.a.dtype,
+             [&](auto tag) { HardNegatives<ProductWord<decltype(tag)::value>>(p, pool).run(); });
 }
 
 void dots(const CandidateDotsParams& p, const Pool& pool) {
-  with_dtype(p.q.a.dtype, [&](auto tag) { CandidateDots<decltype(tag)::value>(p, pool).run(); });
+  with_dtype(p.q.a.dtype,
+             [&](auto tag) { CandidateDots<ProductWord<decltype(tag)::value>>(p, pool).run(); });
 }
 
 void dots_bwd(const CandidateDotsBwdParams& p, const Pool& pool) {
-  with_dtype(p.q.a.dtype, [&](auto tag) { CandidateDotsBwd<decltype(tag)::value>(p, pool).run(); });
+  with_dtype(p.q.a.dtype,
+             [&](auto tag) { CandidateDotsBwd<FloatWord<decltype(tag)::value>>(p, pool).run(); });
 }
 
 }  // namespace
 
 extern const PartialRankingKernels kPartialRanking = {
-    hard_negatives_bytes, hard_negatives, dots_bytes, dots, dots_bwd_bytes, dots_bwd, fwd, bwd};
+    hard_negatives_bytes_of, hard_negatives, dots_bytes_of, dots,
+    dots_bwd_bytes_of,       dots_bwd,       fwd,           bwd};
 
 }  // namespace encfast::ENCFAST_ISA

@@ -8,13 +8,26 @@ namespace {
 constexpr int64_t kSpan = 256;  // channels of a gradient's task
 constexpr int64_t kTurnedFloats = kTerms * kChunk;
 
-// G in slices of kTerms columns, `side` rows each: the left operand of a product as it lies.
+// What gradients of logits are held in: bf16 where products are of bf16, which rounds them once.
+template <class Word>
+constexpr DType kGradType = Word::kElements > 1 ? Word::kT : DType::kFloat32;
+
+// G for features in these words, in slices of kStep columns, `side` rows each: the left operand of
+// a product as it lies. Columns up to a whole word are written too.
+template <class Word>
 struct GradBlock {
+  using GradWord = ProductWord<kGradType<Word>>;
+
   float* data;
   int64_t side;
 
+  static int64_t floats(int64_t side, int64_t columns) {
+    return parts(columns, kStep<Word>) * side * kTerms;
+  }
+
   float* at(int64_t row, int64_t column) const {
-    return data + (column / kTerms * side + row) * kTerms + column % kTerms;
+    const int64_t word = column % kStep<Word> / Word::kElements;
+    return data + (column / kStep<Word> * side + row) * kTerms + word;
   }
 
   // Rows [chunk, +kChunk) of the `rows` there are, channels [span, +kSpan) of D, over n columns;
@@ -23,12 +36,12 @@ struct GradBlock {
                    int64_t D, float* sums, bool more) const {
     const int64_t width = round_up(D, kPanel);
     const int count = static_cast<int>(round_up(smaller(kChunk, rows - chunk), kShortTileRows));
-    for (int64_t j = 0; j < n; j += kTerms) {
+    for (int64_t j = 0; j < n; j += kStep<Word>) {
+      const int terms = static_cast<int>(words<Word>(smaller(kStep<Word>, n - j)));
       for (int64_t d = span; d < smaller(span + kSpan, D); d += kPanel) {
-        gemm_rows<DotF32, 2, kTerms, 1>(at(chunk, j), count, b_terms.at(j / kTerms, d / kPanel),
-                                        kPanel, static_cast<int>(smaller(kTerms, n - j)),
-                                        sums + chunk * width + d, static_cast<int>(width),
-                                        more || j > 0);
+        gemm_rows<typename Word::Dot, 2, kTerms, 1>(
+            at(chunk, j), count, b_terms.at(j / kStep<Word>, d / kPanel), kPanel, terms,
+            sums + chunk * width + d, static_cast<int>(width), more || j > 0);
       }
     }
   }
@@ -39,17 +52,17 @@ struct GradBlock {
                               float* turned) const {
     const int64_t width = round_up(D, kPanel), columns = smaller(kChunk, n - chunk);
     const int count = static_cast<int>(round_up(columns, kShortTileRows));
-    for (int64_t i = 0; i < rows; i += kTerms) {
-      const int64_t terms = smaller(kTerms, rows - i);
-      for (int64_t j = 0; j < columns; j += kTerms) {
-        pack_across<FloatWord<DType::kFloat32>, kChunk>(
-            reinterpret_cast<const char*>(at(i, chunk + j)), 4 * kTerms, terms,
-            smaller(kTerms, columns - j), turned + j);
+    for (int64_t i = 0; i < rows; i += kStep<Word>) {
+      const int64_t from_here = smaller(kStep<Word>, rows - i);
+      for (int64_t j = 0; j < columns; j += kStep<Word>) {
+        pack_across<GradWord, kChunk>(reinterpret_cast<const char*>(at(i, chunk + j)), 4 * kTerms,
+                                      from_here, smaller(kStep<Word>, columns - j), turned + j);
       }
       for (int64_t d = span; d < smaller(span + kSpan, D); d += kPanel) {
-        gemm_rows<DotF32, 2, 1, kChunk>(turned, count, a_terms.at(i / kTerms, d / kPanel), kPanel,
-                                        static_cast<int>(terms), sums + chunk * width + d,
-                                        static_cast<int>(width), more || i > 0);
+        gemm_rows<typename Word::Dot, 2, 1, kChunk>(
+            turned, count, a_terms.at(i / kStep<Word>, d / kPanel), kPanel,
+            static_cast<int>(words<Word>(from_here)), sums + chunk * width + d,
+            static_cast<int>(width), more || i > 0);
       }
     }
   }

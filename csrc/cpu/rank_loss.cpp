@@ -2,16 +2,19 @@
 //
 //                    stripe: 960 rows of b, packed once, shared by all threads
 //                  +--------+--------+---+
-//       192 rows   | panel  | panel  |   |   products in fp32 (gemm_tile.h), then, in L1, what the
-//       of a       +--------+--------+---+   loss makes of them (rank_tile.h)
+//       192 rows   | panel  | panel  |   |   products (gemm_tile.h), then, in L1, what the loss
+//       of a       +--------+--------+---+   makes of them (rank_tile.h)
 //
 //   forward   a task takes 192 rows along a stripe. A row's running maximum and sum are the task's
 //             own; a column's are those of each task, put together after the stripe.
-//   backward  products again, block by block of 960 x 960, whose gradients G (3.7 MB, held in
-//   slices
-//             of 96 columns) then serve two products: da += G b (192 rows a task) and db += G^T a
-//             (192 columns a task). Along a stripe db is complete, so its fp32 sums are a stripe's;
-//             those of da are da itself in float32, and a copy of it in float32 otherwise.
+//   backward  products again, block by block of 960 x 960, whose gradients G (3.7 MB, half of it in
+//             bf16, in slices of 96 words) then serve two products: da += G b (192 rows a task) and
+//             db += G^T a (192 columns a task). Along a stripe db is complete, so its fp32 sums are
+//             a stripe's; those of da are da itself in float32, and a copy of it in float32
+//             otherwise.
+//
+// Words are fp32, or pairs of bf16 where one instruction multiplies them: G is then rounded to bf16
+// once, after the gradients of scale and bias have been taken from it. Sums are fp32.
 //
 // 8 B M D operations in both passes, against 6 where the logits are kept. Every sum is owned by one
 // task and goes over blocks in order: results do not depend on the number of threads.
@@ -30,22 +33,26 @@ constexpr int64_t kPieces = kSide / kPiece, kChunks = kSide / kChunk;
 
 // ---- Forward ----
 
-int64_t fwd_slot_floats(const RankProblem& q) { return left_floats(q.D) + kChunk * kPiece; }
+template <class Word>
+int64_t fwd_slot_floats(const RankProblem& q) {
+  return left_floats<Word>(q.D) + kChunk * kPiece;
+}
 
+template <class Word>
 int64_t fwd_bytes(const RankProblem& q, int threads) {
   const int64_t columns = q.loss == RankLoss::kBoth ? 2 * parts(q.B, kChunk) * kSide : 0;
-  const int64_t floats = Panels::floats(q.D, kSide) + columns + q.B + threads * fwd_slot_floats(q) +
-                         (threads + 3) * kMaxLanes;
+  const int64_t floats = Panels::floats<Word>(q.D, kSide) + columns + q.B +
+                         threads * fwd_slot_floats<Word>(q) + (threads + 3) * kMaxLanes;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
-template <DType kT>
+template <class Word>
 class Forward {
  public:
   Forward(const RankFwdParams& p, const Pool& pool)
       : p_(p), q_(p.q), pool_(pool), stripe_(nullptr, kSide) {
     Carver c{static_cast<float*>(p.workspace)};
-    stripe_.data = c.take(Panels::floats(q_.D, kSide));
+    stripe_.data = c.take(Panels::floats<Word>(q_.D, kSide));
     totals_ = c.take(q_.B);
     if (q_.loss == RankLoss::kBoth) {
       col_largest_ = c.take(parts(q_.B, kChunk) * kSide);
@@ -66,11 +73,11 @@ class Forward {
  private:
   void run_stripe(int64_t column) {
     const int64_t n = smaller(kSide, q_.M - column);
-    const RowSpan<kT> b{q_.b, column, n, q_.D};
+    const RowSpan<Word> b{q_.b, column, n, q_.D};
     run_tasks(pool_, parts(n, kPanel),
               [&](int64_t panel, int) { b.pack_transposed_panel(panel, stripe_); });
     run_tasks(pool_, parts(q_.B, kChunk), [&](int64_t chunk, int slot) {
-      run_chunk(chunk, column, n, slots_ + slot * round_up(fwd_slot_floats(q_), kMaxLanes));
+      run_chunk(chunk, column, n, slots_ + slot * round_up(fwd_slot_floats<Word>(q_), kMaxLanes));
     });
     if (q_.loss == RankLoss::kBoth) {
       run_tasks(pool_, parts(n, kPanel),
@@ -80,13 +87,13 @@ class Forward {
 
   void run_chunk(int64_t chunk, int64_t column, int64_t n, float* left) {
     const int64_t row = chunk * kChunk, rows = smaller(kChunk, q_.B - row);
-    float* x = left + left_floats(q_.D);
-    RowSpan<kT>{q_.a, row, rows, q_.D}.pack_left(left);
+    float* x = left + left_floats<Word>(q_.D);
+    RowSpan<Word>{q_.a, row, rows, q_.D}.pack_left(left);
     for (int64_t from = 0; from < n; from += kPiece) {
       const int64_t width = smaller(kPiece, n - from);
       for (int64_t j = 0; j < width; j += kPanel) {
         float* panel = x + j * kChunk;
-        multiply_panel(left, rows, stripe_, (from + j) / kPanel, q_.D, panel);
+        multiply_panel<Word>(left, rows, stripe_, (from + j) / kPanel, q_.D, panel);
         to_logits(panel, rows, width - j, q_.scale, q_.bias);
         hide_excluded(q_, row, rows, column + from + j, smaller(kPanel, width - j), panel);
         if (q_.loss == RankLoss::kBoth) {
@@ -151,22 +158,24 @@ class Forward {
 
 // ---- Backward ----
 
+template <class Word>
 int64_t bwd_slot_floats(const RankProblem& q) {
-  const int64_t logits = left_floats(q.D) + kChunk * kPanel;
+  const int64_t logits = left_floats<Word>(q.D) + kChunk * kPanel;
   return logits > kTurnedFloats ? logits : kTurnedFloats;
 }
 
+template <class Word>
 int64_t bwd_bytes(const RankProblem& q, int threads) {
   const int64_t width = round_up(q.D, kPanel);
-  const int64_t packed = Panels::floats(q.D, kSide) + 2 * Panels::floats(kSide, q.D);
+  const int64_t packed = Panels::floats<Word>(q.D, kSide) + 2 * Panels::floats<Word>(kSide, q.D);
   const int64_t sums = kSide * width + round_up(q.B, kShortTileRows) * width;
-  const int64_t floats =
-      packed + kSide * kSide + sums + threads * bwd_slot_floats(q) + (threads + 8) * kMaxLanes;
+  const int64_t floats = packed + GradBlock<Word>::floats(kSide, kSide) + sums +
+                         threads * bwd_slot_floats<Word>(q) + (threads + 8) * kMaxLanes;
   return floats * static_cast<int64_t>(sizeof(float)) +
          kChunks * kPieces * 2 * static_cast<int64_t>(sizeof(double));
 }
 
-template <DType kT>
+template <class Word>
 class Backward {
  public:
   Backward(const RankBwdParams& p, const Pool& pool)
@@ -178,10 +187,10 @@ class Backward {
         b_terms_(nullptr, p.q.D),
         a_terms_(nullptr, p.q.D) {
     Carver c{static_cast<float*>(p.workspace)};
-    stripe_.data = c.take(Panels::floats(q_.D, kSide));
-    b_terms_.data = c.take(Panels::floats(kSide, q_.D));
-    a_terms_.data = c.take(Panels::floats(kSide, q_.D));
-    grads_ = {c.take(kSide * kSide), kSide};
+    stripe_.data = c.take(Panels::floats<Word>(q_.D, kSide));
+    b_terms_.data = c.take(Panels::floats<Word>(kSide, q_.D));
+    a_terms_.data = c.take(Panels::floats<Word>(kSide, q_.D));
+    grads_ = {c.take(GradBlock<Word>::floats(kSide, kSide)), kSide};
     db_sums_ = c.take(kSide * width_);
     partials_ = reinterpret_cast<double*>(c.take(kChunks * kPieces * 4));
     a_in_place_ = sums_in_place(p.da, q_.B, q_.D);
@@ -198,17 +207,19 @@ class Backward {
       for (int64_t row = 0; row < q_.B; row += kSide) {
         run_block(row, smaller(kSide, q_.B - row), column, n);
       }
-      if (p_.db.data) write_sums<kT>(pool_, db_sums_, p_.db, column, n, q_.D);
+      if (p_.db.data) write_sums<Word::kT>(pool_, db_sums_, p_.db, column, n, q_.D);
     }
-    if (p_.da.data && !a_in_place_) write_sums<kT>(pool_, da_sums_, p_.da, 0, q_.B, q_.D);
+    if (p_.da.data && !a_in_place_) write_sums<Word::kT>(pool_, da_sums_, p_.da, 0, q_.B, q_.D);
   }
 
  private:
-  float* slot(int index) const { return slots_ + index * round_up(bwd_slot_floats(q_), kMaxLanes); }
+  float* slot(int index) const {
+    return slots_ + index * round_up(bwd_slot_floats<Word>(q_), kMaxLanes);
+  }
 
   void pack_stripe(int64_t column, int64_t n) {
-    const RowSpan<kT> b{q_.b, column, n, q_.D};
-    const int64_t panels = parts(n, kPanel), blocks = p_.da.data ? parts(n, kTerms) : 0;
+    const RowSpan<Word> b{q_.b, column, n, q_.D};
+    const int64_t panels = parts(n, kPanel), blocks = p_.da.data ? parts(n, kStep<Word>) : 0;
     run_tasks(pool_, panels + blocks, [&](int64_t task, int) {
       if (task < panels) return b.pack_transposed_panel(task, stripe_);
       b.pack_terms(task - panels, b_terms_);
@@ -216,9 +227,9 @@ class Backward {
   }
 
   void run_block(int64_t row, int64_t rows, int64_t column, int64_t n) {
-    const RowSpan<kT> a{q_.a, row, rows, q_.D};
+    const RowSpan<Word> a{q_.a, row, rows, q_.D};
     const int64_t pieces = parts(n, kPiece), logits = parts(rows, kChunk) * pieces;
-    const int64_t blocks = p_.db.data ? parts(rows, kTerms) : 0;
+    const int64_t blocks = p_.db.data ? parts(rows, kStep<Word>) : 0;
     run_tasks(pool_, logits + blocks, [&](int64_t task, int index) {
       if (task >= logits) return a.pack_terms(task - logits, a_terms_);
       const int64_t chunk = task / pieces * kChunk, piece = task % pieces * kPiece;
@@ -247,7 +258,7 @@ class Backward {
     });
   }
 
-  void with_loss(const RowSpan<kT>& a, int64_t row, int64_t chunk, int64_t column, int64_t piece,
+  void with_loss(const RowSpan<Word>& a, int64_t row, int64_t chunk, int64_t column, int64_t piece,
                  int64_t n, float* left, double* sums) {
     switch (q_.loss) {
       case RankLoss::kRows:
@@ -261,14 +272,14 @@ class Backward {
 
   // Rows [chunk, +kChunk) and columns [piece, piece + n) of the block at (row, column).
   template <RankLoss kLoss>
-  void logit_grads(const RowSpan<kT>& a, int64_t row, int64_t chunk, int64_t column, int64_t piece,
-                   int64_t n, float* left, double* sums) {
+  void logit_grads(const RowSpan<Word>& a, int64_t row, int64_t chunk, int64_t column,
+                   int64_t piece, int64_t n, float* left, double* sums) {
     const int64_t rows = smaller(kChunk, a.n - chunk);
-    float* s = left + left_floats(q_.D);
-    RowSpan<kT>{q_.a, row + chunk, rows, q_.D}.pack_left(left);
+    float* s = left + left_floats<Word>(q_.D);
+    RowSpan<Word>{q_.a, row + chunk, rows, q_.D}.pack_left(left);
     for (int64_t j = 0; j < n; j += kPanel) {
-      multiply_panel(left, rows, stripe_, (piece + j) / kPanel, q_.D, s);
-      PanelGrad<kLoss> grad(p_, column + piece + j, smaller(kPanel, n - j));
+      multiply_panel<Word>(left, rows, stripe_, (piece + j) / kPanel, q_.D, s);
+      PanelGrad<kLoss, kGradType<Word>> grad(p_, column + piece + j, smaller(kPanel, n - j));
       for (int64_t i = 0; i < rows; ++i) {
         grad.run(row + chunk + i, s + i * kPanel, grads_.at(chunk + i, piece + j));
       }
@@ -281,22 +292,36 @@ class Backward {
   const Pool& pool_;
   const int64_t width_;
   Panels stripe_, b_terms_, a_terms_;
-  GradBlock grads_;
+  GradBlock<Word> grads_;
   float *db_sums_, *da_sums_, *slots_;
   double* partials_;
   bool a_in_place_;
 };
 
+int64_t fwd_bytes_of(const RankProblem& q, int threads) {
+  return bytes_of(q.a.dtype, [&](auto tag) {
+    return fwd_bytes<ProductWord<decltype(tag)::value>>(q, threads);
+  });
+}
+
+int64_t bwd_bytes_of(const RankProblem& q, int threads) {
+  return bytes_of(q.a.dtype, [&](auto tag) {
+    return bwd_bytes<ProductWord<decltype(tag)::value>>(q, threads);
+  });
+}
+
 void fwd(const RankFwdParams& p, const Pool& pool) {
-  with_dtype(p.q.a.dtype, [&](auto tag) { Forward<decltype(tag)::value>(p, pool).run(); });
+  with_dtype(p.q.a.dtype,
+             [&](auto tag) { Forward<ProductWord<decltype(tag)::value>>(p, pool).run(); });
 }
 
 void bwd(const RankBwdParams& p, const Pool& pool) {
-  with_dtype(p.q.a.dtype, [&](auto tag) { Backward<decltype(tag)::value>(p, pool).run(); });
+  with_dtype(p.q.a.dtype,
+             [&](auto tag) { Backward<ProductWord<decltype(tag)::value>>(p, pool).run(); });
 }
 
 }  // namespace
 
-extern const RankLossKernels kRankLoss = {fwd_bytes, bwd_bytes, fwd, bwd};
+extern const RankLossKernels kRankLoss = {fwd_bytes_of, bwd_bytes_of, fwd, bwd};
 
 }  // namespace encfast::ENCFAST_ISA

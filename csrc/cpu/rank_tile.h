@@ -127,7 +127,7 @@ inline float softplus_row(const RowOfPanels& row, int64_t positive) {
 //   softmax: g = drow p + dcolumn q, at the positive drow (p - 1) + dcolumn q + dpositive
 //            p = exp(x - largest - log) of the row, q that of the column; 0 at the excluded column
 //   sigmoid: g = drow sigmoid(x),    at the positive -drow sigmoid(-x)
-template <RankLoss kLoss>
+template <RankLoss kLoss, DType kOut>
 class PanelGrad {
  public:
   // Columns [column, column + n) of all.
@@ -142,8 +142,8 @@ class PanelGrad {
     }
   }
 
-  // Products s of row `row` of all, to scale g.
-  void run(int64_t row, const float* s, float* out) {
+  // Products s of row `row` of all, to scale g as kOut.
+  void run(int64_t row, const float* s, void* out) {
     const float positive = lane_of(p_.q.positives[row]);
     const float excluded = p_.q.excluded ? lane_of(p_.q.excluded[row]) : kNowhere;
     if (positive >= 0 || excluded >= 0) {
@@ -177,7 +177,7 @@ class PanelGrad {
   // kSpecial: the positive or the excluded column is among these.
   template <bool kSpecial>
   ENCFAST_INLINE void row_grad(int64_t row, float positive, float excluded, const float* s,
-                               float* out) {
+                               void* out) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       const Vec product = load(s + v * kW);
@@ -207,7 +207,7 @@ class PanelGrad {
       if (n_ < kLanes) g = below(n_, v, g, 0.0f);
       gs_[v] = fma(g, product, gs_[v]);
       g_[v] += g;
-      store(out + v * kW, g * splat(p_.q.scale));
+      store_at<kOut>(out, Whole{v * kW}, g * splat(p_.q.scale));
     }
   }
 

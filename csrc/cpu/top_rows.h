@@ -100,8 +100,9 @@ class TopBuffer {
   bool full_ = false;
 };
 
+template <class Word>
 int64_t top_slot_floats(int64_t D, int64_t K) {
-  const int64_t products = left_floats(D) + kTopRows * kPanel, sorted = 4 * K;
+  const int64_t products = left_floats<Word>(D) + kTopRows * kPanel, sorted = 4 * K;
   return products > sorted ? products : sorted;
 }
 
@@ -111,14 +112,15 @@ int64_t top_rows_at_once(int64_t B, int threads) {
 
 constexpr int64_t kTopBufferFloats = (sizeof(TopBuffer) + 3) / 4;
 
+template <class Word>
 int64_t hard_negatives_bytes(const HardNegativesParams& p, int threads) {
   const int64_t rows = top_rows_at_once(p.B, threads);
-  const int64_t slots = threads * round_up(top_slot_floats(p.D, p.K), kMaxLanes);
-  return 4 * (Panels::floats(p.D, kStripe) + rows * TopBuffer::floats(p.K) +
+  const int64_t slots = threads * round_up(top_slot_floats<Word>(p.D, p.K), kMaxLanes);
+  return 4 * (Panels::floats<Word>(p.D, kStripe) + rows * TopBuffer::floats(p.K) +
               rows * kTopBufferFloats + slots + 4 * kMaxLanes);
 }
 
-template <DType kT>
+template <class Word>
 class HardNegatives {
  public:
   HardNegatives(const HardNegativesParams& p, const Pool& pool)
@@ -127,7 +129,7 @@ class HardNegatives {
         group_(top_rows_at_once(p.B, pool.threads(pool.self))),
         stripe_(nullptr, kStripe) {
     Carver c{static_cast<float*>(p.workspace)};
-    stripe_.data = c.take(Panels::floats(p.D, kStripe));
+    stripe_.data = c.take(Panels::floats<Word>(p.D, kStripe));
     entries_ = c.take(group_ * TopBuffer::floats(p.K));
     buffers_ = reinterpret_cast<TopBuffer*>(c.take(group_ * kTopBufferFloats));
     slots_ = c.take(0);
@@ -148,11 +150,11 @@ class HardNegatives {
 
  private:
   float* slot(int index) const {
-    return slots_ + index * round_up(top_slot_floats(p_.D, p_.K), kMaxLanes);
+    return slots_ + index * round_up(top_slot_floats<Word>(p_.D, p_.K), kMaxLanes);
   }
 
   void run_stripe(int64_t row, int64_t rows, int64_t column) {
-    const RowSpan<kT> b{p_.b, column, smaller(kStripe, p_.M - column), p_.D};
+    const RowSpan<Word> b{p_.b, column, smaller(kStripe, p_.M - column), p_.D};
     run_tasks(pool_, parts(b.n, kPanel),
               [&](int64_t panel, int) { b.pack_transposed_panel(panel, stripe_); });
     run_tasks(pool_, parts(rows, kTopRows), [&](int64_t task, int index) {
@@ -163,10 +165,10 @@ class HardNegatives {
 
   // n rows from row + first on, columns [column, +width).
   void add_rows(int64_t row, int64_t first, int64_t n, int64_t column, int64_t width, float* left) {
-    float* products = left + left_floats(p_.D);
-    RowSpan<kT>{p_.a, row + first, n, p_.D}.pack_left(left);
+    float* products = left + left_floats<Word>(p_.D);
+    RowSpan<Word>{p_.a, row + first, n, p_.D}.pack_left(left);
     for (int64_t j = 0; j < width; j += kPanel) {
-      multiply_panel(left, n, stripe_, j / kPanel, p_.D, products);
+      multiply_panel<Word>(left, n, stripe_, j / kPanel, p_.D, products);
       for (int64_t i = 0; i < n; ++i) {
         buffers_[first + i].add(products + i * kPanel, column + j, smaller(kPanel, width - j),
                                 p_.positives[row + first + i]);

@@ -281,11 +281,11 @@ def info_nce(
         TypeError, ValueError: an argument is malformed; the message names it. RuntimeError for
             values in a compiled graph.
 
-    Numerics: products and sums in float32, exponentials relative to the largest logit. On GPUs the
-    gradient of the logits is rounded to a's dtype once, for products of that dtype. Bit-equal
-    from run to run and for any number of threads; no atomics. Autocast casts nothing. Beside inputs
-    and gradients the CPU needs about (4 D + 960) 960 floats, and D floats a row of a for gradients
-    in 16 bits.
+    Numerics: products and sums in float32, exponentials relative to the largest logit. On GPUs, and
+    in bfloat16 on CPUs with instructions for it, the gradient of the logits is rounded to a's dtype
+    once, for products of that dtype. Bit-equal from run to run and for any number of threads; no
+    atomics. Autocast casts nothing. Beside inputs and gradients the CPU needs about (4 D + 960) 960
+    floats, and D floats a row of a for gradients in 16 bits.
     """
     op = "info_nce"
     check_features(op, a, "b", b)
