@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor> partial_ranking_bwd_cpu(const Tensor& dloss_in, const
   TorchPool pool;
   constexpr int64_t kBlock = 64;  // of the core
   const int64_t stride = (r.q.K + kBlock - 1) / kBlock * kBlock;
-  const Workspace workspace(dots, pool.threads() * stride * 4);
+  const Workspace workspace(dots, pool.threads() * 2 * stride * 4);
   cpu_kernels().partial_ranking.bwd(
       {r.q, dloss.const_data_ptr<float>(), ddots.mutable_data_ptr<float>(), of_rows.data(),
        static_cast<float*>(workspace.data())},

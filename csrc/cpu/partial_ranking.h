@@ -56,7 +56,7 @@ struct RankingBwdParams {
   const float* dloss;  // [B]
   float* ddots;        // [B, K]
   double* dscale;      // [B], to be summed
-  float* workspace;    // [threads][K to whole blocks of 64]
+  float* workspace;    // [threads][2][K to whole blocks of 64]
 };
 
 struct PartialRankingKernels {

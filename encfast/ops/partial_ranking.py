@@ -289,8 +289,8 @@ def partial_ranking(
             values in a compiled graph.
 
     Numerics: products in float32, sums of exponentials in float64 relative to a reference that
-    follows the largest logit; finite at any finite logits. Memory is 2 [B, K] floats beside that of
-    :func:`candidate_dots`. Deterministic.
+    follows the largest logit, their logarithms in two floats; finite at any finite logits. Memory
+    is 2 [B, K] floats beside that of :func:`candidate_dots`. Deterministic.
     """
     op = "partial_ranking"
     check_features(op, a, "b", b)

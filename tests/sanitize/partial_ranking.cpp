@@ -58,7 +58,7 @@ std::vector<char> run(const Case& c, bool dense, int threads, bool& written) {
   kKernels.fwd(ranking, loss.data(), pool.pool());
   const std::vector<float> dloss(static_cast<size_t>(c.B), 0.5f);
   std::vector<double> dscale(static_cast<size_t>(c.B));
-  std::vector<float> sums(static_cast<size_t>(threads * ((c.K + 63) / 64 * 64)));
+  std::vector<float> sums(static_cast<size_t>(threads * 2 * ((c.K + 63) / 64 * 64)));
   kKernels.bwd({ranking, dloss.data(), ddots.data(), dscale.data(), sums.data()}, pool.pool());
 
   std::vector<int64_t> begin(static_cast<size_t>(c.M + 1)), places;
