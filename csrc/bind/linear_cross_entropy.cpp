@@ -1,5 +1,5 @@
 // encfast::vocab_scan and encfast::vocab_grad on the CPU: what linear_cross_entropy does with a
-// slice of logits between its matrix products.
+// slice of logits between its matrix products; encfast::vocab_weight_grad: what these write into.
 #include "cpu/linear_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
@@ -77,10 +77,17 @@ void vocab_grad_cpu(const Tensor& logits, const OptTensor& bias, const Tensor& t
       pool.pool());
 }
 
+// Uninitialised, contiguous, of weight's shape and dtype.
+Tensor vocab_weight_grad_cpu(const Tensor& weight) {
+  check_dim("encfast::vocab_weight_grad", "weight", weight, 2);
+  return new_contiguous(weight, {weight.size(0), weight.size(1)}, weight.scalar_type());
+}
+
 }  // namespace
 }  // namespace encfast
 
 STABLE_TORCH_LIBRARY_IMPL(encfast, CPU, m) {
   m.impl("vocab_scan", TORCH_BOX(&encfast::vocab_scan_cpu));
   m.impl("vocab_grad", TORCH_BOX(&encfast::vocab_grad_cpu));
+  m.impl("vocab_weight_grad", TORCH_BOX(&encfast::vocab_weight_grad_cpu));
 }

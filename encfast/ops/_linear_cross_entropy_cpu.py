@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._vocab_slices import VocabSlices, add_product, kept_floats, product_dtype
+from ._vocab_slices import (
+    VocabSlices,
+    add_product,
+    kept_floats,
+    new_weight_grad,
+    product_dtype,
+)
 
 
 def forward(
@@ -64,7 +70,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, [0] where not wanted."""
     active, taken = active_rows(targets, rows, ignore_index)
-    dweight = weight.new_empty(weight.shape if want_dweight else 0)
+    dweight = new_weight_grad(weight, want_dweight)
     dbias = x.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32)
     if active.numel() == 0:
         dx = x.new_zeros(x.shape if want_dx else 0)

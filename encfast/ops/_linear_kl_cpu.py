@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._vocab_slices import VocabSlices, add_product, columns_per_slice, kept_floats, product_dtype
+from ._vocab_slices import (
+    VocabSlices,
+    add_product,
+    columns_per_slice,
+    kept_floats,
+    new_weight_grad,
+    product_dtype,
+)
 
 
 class Operands(NamedTuple):
@@ -111,7 +118,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the student's x, weight and bias, [0] where not wanted."""
     x, weight, *_ = operands
-    dweight = weight.new_empty(weight.shape if want_dweight else 0)
+    dweight = new_weight_grad(weight, want_dweight)
     dbias = x.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return x.new_zeros(x.shape if want_dx else 0), dweight.zero_(), dbias.zero_()

@@ -120,6 +120,11 @@ class VocabSlices:
         return _matrix(self._kept[(j - self._first_kept) * m * self._width :], shape)
 
 
+def new_weight_grad(weight: Tensor, wanted: bool) -> Tensor:
+    """Memory for the gradient of a weight, [0] where it is not wanted."""
+    return torch.ops.encfast.vocab_weight_grad(weight) if wanted else weight.new_empty(0)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor, memory: Tensor) -> None:
     """total += a b, `total` in float32; `memory` is of total's shape and a's dtype."""
     if a.dtype == total.dtype:

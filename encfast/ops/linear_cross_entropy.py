@@ -64,6 +64,9 @@ torch.library.define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Memory for the gradient of a weight, in large pages where the system has them: gradients of
+# vocabularies are the largest tensors of all and fresh at every step.
+torch.library.define("encfast::vocab_weight_grad", "(Tensor weight) -> Tensor")
 # What the CPU does between products, on its own slices of logits.
 torch.library.define(
     "encfast::vocab_scan",
