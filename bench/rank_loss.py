@@ -1,4 +1,7 @@
-"""CLIP's loss and SigLIP's over all pairs: encfast against the formulas and a tiled recompute.
+"""Contrastive losses over all pairs: encfast against the formulas and a tiled recompute.
+
+CLIP's loss and SigLIP's between two sets of features, SimCLR's (`nt_xent`) and SupCon between all
+rows of both.
 
 `plain` is how it is written: the matrix of logits, cross entropy along both of its dimensions.
 `checkpoint` does that for 512 rows at a time and computes them again for the gradients, after which
@@ -19,7 +22,7 @@ from timing import short_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from encfast import ops, ref
+from encfast import contrastive, ops, ref
 
 Found = tuple[Tensor, ...]  # loss, and the gradients of a, b and logit_scale
 TILE = 512
@@ -34,11 +37,11 @@ class Inputs:
     scale: Tensor
 
 
-def _inputs(n: int, d: int, dtype: torch.dtype) -> Inputs:
+def _inputs(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
     g = torch.Generator().manual_seed(0)
     a = F.normalize(torch.randn(n, d, generator=g), dim=-1)
     b = F.normalize(a + 0.25 * torch.randn(n, d, generator=g), dim=-1)
-    return Inputs(a.to(dtype), b.to(dtype), torch.tensor(1 / 0.07))
+    return Inputs(a.to(device, dtype), b.to(device, dtype), torch.tensor(1 / 0.07, device=device))
 
 
 def _by_autograd(loss: Callable[[Tensor, Tensor, Tensor], Tensor], i: Inputs) -> Found:
@@ -49,7 +52,7 @@ def _by_autograd(loss: Callable[[Tensor, Tensor, Tensor], Tensor], i: Inputs) ->
 
 def _plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     logits = scale.to(a.dtype) * a @ b.T
-    right = torch.arange(len(a))
+    right = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
@@ -74,7 +77,7 @@ def _tiled(i: Inputs) -> Found:
         rows[t : t + TILE] = logits.logsumexp(1)
         columns = torch.logaddexp(columns, logits.logsumexp(0))
         right[t : t + TILE] = logits.diagonal(t)
-    da, db, dscale = torch.empty_like(a), torch.zeros_like(b), torch.zeros(())
+    da, db, dscale = torch.empty_like(a), torch.zeros_like(b), torch.zeros_like(i.scale)
     for t in tiles:
         products = a[t : t + TILE] @ b.T
         logits = scale * products
@@ -89,8 +92,31 @@ def _tiled(i: Inputs) -> Found:
 
 def _siglip_plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     logits = scale.to(a.dtype) * a @ b.T - 10
-    signs = 2 * torch.eye(len(a), dtype=a.dtype) - 1
+    signs = 2 * torch.eye(len(a), dtype=a.dtype, device=a.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(a)
+
+
+def _logits_of_others(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    x = torch.cat([a, b])
+    own = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return (scale.to(x.dtype) * x @ x.T).masked_fill(own, -torch.inf)
+
+
+def _nt_xent_plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = _logits_of_others(a, b, scale)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=a.device).roll(len(a)))
+
+
+def _labels(a: Tensor) -> Tensor:
+    """Both views of four things are a class."""
+    return (torch.arange(len(a), device=a.device) // 4).repeat(2)
+
+
+def _sup_con_plain(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    labels = _labels(a)
+    same = (labels[:, None] == labels).fill_diagonal_(False)
+    logs = _logits_of_others(a, b, scale).log_softmax(1)
+    return -(logs.where(same, 0).sum(1) / same.sum(1)).mean()
 
 
 def _ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -101,11 +127,25 @@ def _siglip_ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return ops.siglip(a, b, logit_scale=scale, logit_bias=-10.0)
 
 
+def _nt_xent_ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return contrastive.nt_xent(a, b, logit_scale=scale)
+
+
+def _sup_con_ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return contrastive.sup_con(torch.cat([a, b]), _labels(a), logit_scale=scale)
+
+
+_OF_ALL_ROWS = {"nt_xent": _nt_xent_plain, "sup_con": _sup_con_plain}
+
+
 def _reference(loss: str, i: Inputs) -> Found:
     bias = {"logit_bias": torch.tensor(-10.0, dtype=i.scale.dtype)} if loss == "siglip" else {}
 
     def value(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        positives = torch.arange(len(a))
+        if loss in _OF_ALL_ROWS:
+            wide = torch.promote_types(a.dtype, torch.float32)
+            return _OF_ALL_ROWS[loss](a.to(wide), b.to(wide), scale)
+        positives = torch.arange(len(a), device=a.device)
         return getattr(ref, loss)(a, b, logit_scale=scale, positives=positives, **bias)
 
     return _by_autograd(value, i)
@@ -125,8 +165,11 @@ class _Verify:
             self._known = _reference(self._loss, wide), _reference(self._loss, i)
         if not variant.ours:
             return _near(found, self._known[0], 1e-4 if i.a.dtype == torch.float32 else 0.1)
+        # The gradient of the scale is a difference: of what positives and what all pairs pull.
+        pull = (i.a.double() * i.b.double()).sum(1).abs().mean().item()
         gates = [
-            error_gate(variant.name, *three, 3.0) for three in zip(found, *self._known, strict=True)
+            error_gate(variant.name, *three, 3.0, largest_term=term)
+            for term, *three in zip((0, 0, 0, pull), found, *self._known, strict=True)
         ]
         return next((g for g in gates if not g.ok), gates[1])
 
@@ -149,6 +192,14 @@ _PEERS: dict[str, dict[str, Callable[[Inputs], Found]]] = {
         "plain": functools.partial(_by_autograd, _siglip_plain),
         "encfast": functools.partial(_by_autograd, _siglip_ours),
     },
+    "nt_xent": {
+        "plain": functools.partial(_by_autograd, _nt_xent_plain),
+        "encfast": functools.partial(_by_autograd, _nt_xent_ours),
+    },
+    "sup_con": {
+        "plain": functools.partial(_by_autograd, _sup_con_plain),
+        "encfast": functools.partial(_by_autograd, _sup_con_ours),
+    },
 }
 
 
@@ -159,14 +210,15 @@ def _spec(loss: str, n: int, d: int, dtype: torch.dtype, setting: Setting) -> Be
         return Variant(name, dtype, make, ours=ours, torch_products=not ours)
 
     peers = _PEERS[loss]
+    rows = 2 * n if loss in _OF_ALL_ROWS else n
     return BenchSpec(
         name=f"rank_loss/{loss}-B{n}-D{d}-fwd+bwd-{short_name(dtype)}",
         title=f"{loss} fwd+bwd, {n} pairs, D={d}, {short_name(dtype)}",
-        inputs=lambda: _inputs(n, d, dtype),
+        inputs=lambda: _inputs(n, d, dtype, setting.device),
         variants=tuple(variant(name, run) for name, run in peers.items()),
         verify=_Verify(loss),
         # What is counted is what the formula needs; computing logits again is not.
-        flops=lambda i: 6.0 * n * n * d,
+        flops=lambda i: 6.0 * rows * rows * d,
         pairs=tuple(("encfast", peer) for peer in peers if peer != "encfast"),
         budget_s={"tiny": 0.1, "quick": 2.0, "full": 10.0}[setting.suite],
     )
@@ -174,10 +226,13 @@ def _spec(loss: str, n: int, d: int, dtype: torch.dtype, setting: Setting) -> Be
 
 def specs(setting: Setting) -> list[BenchSpec]:
     """The benches of this op in a suite. Not in `quick`: a call takes a second."""
-    if setting.device != "cpu" or setting.suite == "quick":
+    if setting.suite == "quick":
         return []
-    shapes = [(1024, 512), (4096, 512)] if setting.suite == "full" else [(40, 16)]
-    dtypes = (torch.float32, torch.bfloat16)
-    return [
-        _spec(loss, n, d, dtype, setting) for loss in _PEERS for n, d in shapes for dtype in dtypes
-    ]
+    tiny = setting.suite == "tiny"
+    found = []
+    for loss in _PEERS:
+        sizes = (40,) if tiny else (2048,) if loss in _OF_ALL_ROWS else (1024, 4096)
+        for n in sizes:
+            for dtype in (torch.float32, torch.bfloat16):
+                found.append(_spec(loss, n, 16 if tiny else 512, dtype, setting))
+    return found

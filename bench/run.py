@@ -42,6 +42,7 @@ BENCHES = (
     "seg_pool",
     "moe",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_seg_max",
     "packed_linear",
     "rank_loss",
