@@ -148,8 +148,14 @@ def test_rows_without_a_valid_candidate_are_exactly_zero():
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name)
 @pytest.mark.parametrize("order", ["random", "rising", "falling"])
-def test_logits_of_ten_thousand(dtype, order):
-    """Reference sums jump, and exponentials vanish, within a block and between blocks."""
+@pytest.mark.parametrize("seed", [2, 4, 38])
+def test_logits_of_ten_thousand(dtype, order, seed):
+    """Reference sums jump, and exponentials vanish, within a block and between blocks.
+
+    With R in one float the scale's gradient was up to 7.5 times as far off as plain PyTorch's for
+    these seeds.
+    """
+    torch.manual_seed(seed)
     n, k = 8, 200
     x = torch.randn(n, k).mul(5e3).clamp(-1e4, 1e4)
     x[:, 0], x[:, -1] = 1e4, -1e4
