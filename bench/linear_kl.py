@@ -82,8 +82,8 @@ def _chunks(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor
     return torch.stack(parts).sum() / len(x)
 
 
-def _reference(*tensors: Tensor) -> Tensor:
-    return ref.linear_kl(*tensors)[0].mean()
+def _reference(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor) -> Tensor:
+    return ref.linear_kl(x, weight, teacher_x, teacher_weight)[0].mean()
 
 
 def _call(i: Inputs, loss: Loss) -> Call:

@@ -168,8 +168,10 @@ class _Verify:
         # The gradient of the scale is a difference: of what positives and what all pairs pull.
         pull = (i.a.double() * i.b.double()).sum(1).abs().mean().item()
         gates = [
-            error_gate(variant.name, *three, 3.0, largest_term=term)
-            for term, *three in zip((0, 0, 0, pull), found, *self._known, strict=True)
+            error_gate(variant.name, got, exact, plain, 3.0, term)
+            for got, exact, plain, term in zip(
+                found, *self._known, (0.0, 0.0, 0.0, pull), strict=True
+            )
         ]
         return next((g for g in gates if not g.ok), gates[1])
 
