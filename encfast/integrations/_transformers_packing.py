@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from encfast import ops
+from encfast.integrations._transformers_attention import collected, wants_attentions
 from encfast.integrations._transformers_masks import has_gaps
 from encfast.integrations._transformers_self_test import register_attention
 from encfast.integrations._transformers_support import NAME, installed
@@ -81,9 +82,10 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Serves BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT with any head, the
     text tower of CLIP, and, with no padding to drop, the attention of ViT, of CLIP's image tower
-    and of Whisper. Hidden states at padding are zeros. Batches that cannot be packed (4-D masks,
-    caches, cross-attention; masks with gaps where distances count) keep their padding; batches
-    without padding pass as they are.
+    and of Whisper. Hidden states at padding are zeros. Batches
+    that cannot be packed (4-D masks, caches, cross-attention; masks with gaps where distances
+    count) and calls that ask for attentions keep their padding; batches without padding pass as
+    they are.
 
     Args:
         model: of transformers, or a module that holds one, such as a PEFT model or a
@@ -207,6 +209,8 @@ def _pack_states(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     elsewhere = ("encoder_hidden_states", "cache", "past_key_values", "cu_seq_lens_q")
     if mask is None or mask.dim() != 2 or any(given.get(n) is not None for n in elsewhere):
         return None
+    if wants_attentions(given):
+        return None
     rows, lengths = _packed(given[names[0]], mask)
     return args[2:], given | lengths | {names[0]: rows}
 
@@ -216,17 +220,9 @@ def _pad_states(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -
     grid = kwargs.get(_MARK)
     if grid is None:
         return None
-    collected = _collected()
-    if collected is not None:
-        collected[:] = [grid.pad(x) for x in collected]
+    states = collected().get("hidden_states", [])
+    states[:] = [grid.pad(x) for x in states]
     return grid.pad_output(output)
-
-
-def _collected() -> list[Tensor] | None:
-    """Where transformers' own hooks keep the hidden states of the running call."""
-    from transformers.utils.output_capturing import _active_collector
-
-    return (_active_collector.get() or {}).get("hidden_states")
 
 
 def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,6 +230,8 @@ def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or given.get("cu_seq_lens_q") is not None:
+        return None
+    if given.get("output_attentions", module.config.output_attentions):
         return None
     mask = mask.bool()
     if mask.all() or has_gaps(mask):  # without what is hidden, windows would reach farther

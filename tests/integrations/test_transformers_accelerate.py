@@ -242,13 +242,6 @@ def test_decoders():
     assert not model.bert.encoder._forward_pre_hooks
 
 
-@pytest.mark.parametrize("system", ["bert", "mpnet"])
-def test_attentions(system):
-    model = hook.accelerate(model_of(system))
-    with pytest.raises(ValueError, match=r"output_attentions reached .*SelfAttention"):
-        model(**text(), output_attentions=True)
-
-
 # ---- in other people's trainers ----
 
 
