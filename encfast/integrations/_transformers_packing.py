@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
-from encfast.integrations._transformers_attention import collected, wants_attentions
+from encfast.integrations._transformers_attention import Lengths, collected, wants_attentions
 from encfast.integrations._transformers_masks import has_gaps
 from encfast.integrations._transformers_self_test import register_attention
 from encfast.integrations._transformers_support import NAME, installed
@@ -27,7 +28,9 @@ _ENCODERS = {
     "xlm_roberta": ("XLMRobertaEncoder", "hidden_states"),
     "electra": ("ElectraEncoder", "hidden_states"),
     "distilbert": ("Transformer", "hidden_states"),
+    "albert": ("AlbertTransformer", "hidden_states"),
     "clip": ("CLIPEncoder", "inputs_embeds"),
+    "siglip": ("SiglipEncoder", "inputs_embeds"),
 }
 # Blocks are called by the model itself, which has no pooling: ids are packed instead of states.
 _MODELS = {"modernbert": "ModernBertModel"}
@@ -80,9 +83,9 @@ class _Undo:
 def accelerate(model: nn.Module) -> nn.Module:
     """Makes the encoders in a model run without padding: once out, once in again.
 
-    Serves BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT with any head, the
-    text tower of CLIP, and, with no padding to drop, the attention of ViT, of CLIP's image tower
-    and of Whisper. Hidden states at padding are zeros. Batches
+    Serves BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, ALBERT, MPNet and ModernBERT with any
+    head, the text towers of CLIP and SigLIP, and, with no padding to drop, the attention of ViT, of
+    CLIP's and SigLIP's image towers and of Whisper. Hidden states at padding are zeros. Batches
     that cannot be packed (4-D masks, caches, cross-attention; masks with gaps where distances
     count) and calls that ask for attentions keep their padding; batches without padding pass as
     they are.
@@ -201,9 +204,27 @@ def _packed(states: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+def _packed_for_siglip(states: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The same for texts whose last place is pooled, padding or not: it stays, and is no key."""
+    kept = mask.clone()
+    kept[:, -1] = True
+    batch = PackedBatch.pack(states, kept)
+    grid, seen = Grid.of(batch), mask.sum(1)
+    keys = mask.flatten()[grid.indices].nonzero()[:, 0]
+    lengths = Lengths(
+        batch.cu_seqlens,
+        F.pad(seen.cumsum(0), (1, 0)).int(),
+        batch.max_seqlen,
+        int(seen.max()),
+        None if keys.shape[0] == batch.total else keys,
+    )
+    return batch.data[None], {"attention_mask": lengths, _MARK: grid}
+
+
 def _pack_states(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Hidden states and the 2-D mask that encfast's mask function made."""
-    names = (_ENCODERS[_family(module) or "bert"][1], "attention_mask")
+    family = _family(module) or "bert"
+    names = (_ENCODERS[family][1], "attention_mask")
     given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     elsewhere = ("encoder_hidden_states", "cache", "past_key_values", "cu_seq_lens_q")
@@ -211,7 +232,8 @@ def _pack_states(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return None
     if wants_attentions(given):
         return None
-    rows, lengths = _packed(given[names[0]], mask)
+    pack = _packed_for_siglip if family == "siglip" else _packed
+    rows, lengths = pack(given[names[0]], mask)
     return args[2:], given | lengths | {names[0]: rows}
 
 

@@ -21,7 +21,7 @@ ROUTED = (
     "bert", "roberta", "distilbert", "electra", "albert", "esm", "modernbert", "vit", "vit_mae",
     "dinov2", "beit", "clip", "siglip", "wav2vec2", "whisper", "t5",
 )  # fmt: skip
-ACCELERATED = ("bert", "distilbert", "mpnet", "modernbert", "clip", "vit")
+ACCELERATED = ("bert", "distilbert", "albert", "mpnet", "modernbert", "clip", "siglip", "vit")
 MODULE = SimpleNamespace(is_causal=False)
 
 
