@@ -263,6 +263,8 @@ def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     places = torch.arange(mask.shape[1], device=mask.device)
     positions = places if given.get("position_ids") is None else given["position_ids"]
     positions = positions.expand(mask.shape).flatten()[lengths[_MARK].indices][None]
+    # One for each kind of layer, so that none is built: in a graph that of a window is dense.
+    lengths["attention_mask"] = dict.fromkeys(module.config.layer_types)
     return (), given | lengths | {name: rows, "position_ids": positions}
 
 
