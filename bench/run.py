@@ -47,6 +47,7 @@ BENCHES = (
     "rank_loss",
     "partial_ranking",
     "integrations",
+    "integrations_timm",
 )
 
 
