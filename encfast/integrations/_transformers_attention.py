@@ -115,26 +115,29 @@ def attention_forward(
         lengths = _packed_lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     elif attention_mask is None and position_bias is None and k.shape[1] == q.shape[1]:
         lengths, position_bias = _restarts(q, position_ids)
-    if wants_attentions(kwargs):
-        _warn_of_weights()
+    if wants_attentions(module, kwargs):
+        if not torch.compiler.is_compiling():
+            _warn_of_weights()
         return attend_with_weights(q, k, v, attention_mask, position_bias, lengths, **rule)
     if lengths is not None:
         return attend_rows(q, k, v, **lengths, **rule), None
     return attend(q, k, v, attention_mask, position_bias, **rule), None
 
 
-def wants_attentions(kwargs: dict[str, Any]) -> bool:
+def wants_attentions(module: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the weights are asked for: by argument, or collected by transformers' own hooks."""
-    return bool(kwargs.get("output_attentions")) or any("attentions" in x for x in collected())
+    if kwargs.get("output_attentions"):
+        return True
+    # A graph breaks where the collector is read: with hooks, which read it, it does so anyway.
+    if torch.compiler.is_compiling() and not getattr(module, "_forward_hooks", None):
+        return False
+    return any("attentions" in name for name in collected())
 
 
 def collected() -> dict[str, list[Tensor]]:
     """Where transformers' own hooks keep the outputs of the running call that were asked for."""
     from transformers.utils.output_capturing import _active_collector
 
-    # In a graph, the collector of the call is known only if the call itself is part of the graph.
-    if torch.compiler.is_compiling() and not _active_collector.compiling:
-        return {}
     return _active_collector.get() or {}
 
 

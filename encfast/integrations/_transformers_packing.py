@@ -230,7 +230,7 @@ def _pack_states(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     elsewhere = ("encoder_hidden_states", "cache", "past_key_values", "cu_seq_lens_q")
     if mask is None or mask.dim() != 2 or any(given.get(n) is not None for n in elsewhere):
         return None
-    if wants_attentions(given):
+    if wants_attentions(module, given):
         return None
     pack = _packed_for_siglip if family == "siglip" else _packed
     rows, lengths = pack(given[names[0]], mask)

@@ -61,6 +61,25 @@ def test_blocks_are_one_graph(system, graphs):
 
 
 @pytest.mark.parametrize("system", ["bert", "modernbert", "siglip"])
+@pytest.mark.filterwarnings("ignore:output_attentions")
+def test_attentions(system):
+    """Also of SigLIP, whose attention is not told that they are wanted; then none again."""
+    model, inputs, valid = encoder_of(system), text(), mask_of().bool()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for wanted in (False, True, False, True):
+            runs = [f(**inputs, output_attentions=wanted) for f in (model, compiled)]
+            matrices = [[w.transpose(1, 2) for w in x.attentions or ()] for x in runs]
+            assert [len(x) for x in matrices] == [LAYERS * wanted] * 2
+            for expected, found in zip(
+                *([x.last_hidden_state, *m] for x, m in zip(runs, matrices, strict=True)),
+                strict=True,
+            ):
+                torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["bert", "modernbert", "siglip"])
 def test_gradients(system):
     model = encoder_of(system)
     runs = []
