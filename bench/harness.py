@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,10 @@ from torch import Tensor
 
 from encfast.testing import assert_close_to_reference
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+import vision
+
 PACKAGES = {
     "ctranslate2": "pip install 'encfast[bench]'",
     "flash_attn": "pip install flash-attn --no-build-isolation",
@@ -44,6 +50,7 @@ PACKAGES = {
     "openvino": "pip install 'encfast[bench]'",
     "rich": "pip install 'encfast[bench]'",
     "sentence_transformers": "pip install 'encfast[bench]'",
+    "timm": "pip install timm",
     "transformers": "pip install 'encfast[bench]'",
 }
 
@@ -54,7 +61,11 @@ class MissingPackage(RuntimeError):
 
 def absent(modules: Iterable[str]) -> list[str]:
     """Those of the modules that are not installed, once each."""
-    return [m for m in dict.fromkeys(modules) if importlib.util.find_spec(m) is None]
+    return [m for m in dict.fromkeys(modules) if not _present(m)]
+
+
+def _present(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None or (vision.FOLDER / module).is_dir()
 
 
 def require(modules: Iterable[str]) -> None:

@@ -36,6 +36,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step:2}: loss {mean.item():.6f}")
+    del model  # its reducer holds the group too: as the last to go, it waited for gloo's threads
     dist.destroy_process_group()
 
 

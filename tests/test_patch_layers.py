@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import vision
 from encfast import PackedBatch
 from encfast.config import BlockConfig, with_drop_path
 from encfast.layers import (
@@ -174,7 +175,7 @@ def test_resized_positions():
 
 
 def test_resizing_is_that_of_timm():
-    embed = pytest.importorskip("timm.layers.pos_embed")
+    embed = vision.importorskip("timm.layers.pos_embed")
     table = torch.randn(1, 1 + 16, 6)
     for antialias in (True, False):
         expected = embed.resample_abs_pos_embed(table, [7, 3], antialias=antialias)[0]

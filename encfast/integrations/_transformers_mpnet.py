@@ -6,14 +6,15 @@ bucket, so no matrix ``[B, H, S, S]`` is made.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
 from encfast import ops
-from encfast.integrations._transformers_attention import attention_forward
+from encfast.integrations._grids import starts
+from encfast.integrations._transformers_attention import Lengths, attention_forward
 from encfast.integrations._transformers_masks import has_gaps
 from encfast.integrations._transformers_packing import Grid
 from encfast.packed import PackedBatch
@@ -21,30 +22,28 @@ from encfast.packed import PackedBatch
 _FARTHEST = 128  # max_distance of relative_position_bucket
 
 
-class _Lengths(NamedTuple):
-    """Of the texts, in the place of the mask."""
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-
 class PackedEncoder(MPNetEncoder):
     """Packs in front of the blocks and pads behind them, unless the mask asks for the grid."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As upstream, with the masks that ``attn_implementation="encfast"`` makes."""
-        lengths: Any
-        if attention_mask is None:
-            batch, size = hidden_states.shape[:2]
-            starts = torch.arange(batch + 1, dtype=torch.int32, device=hidden_states.device) * size
-            lengths = _Lengths(starts, size)
-            return super().forward(hidden_states, lengths, **kwargs)
-        if attention_mask.dim() == 4 or has_gaps(attention_mask):  # distances count
+        kwargs["output_attentions"] = output_attentions
+        on_grid = output_attentions
+        if attention_mask is not None:  # distances count
+            on_grid = on_grid or attention_mask.dim() == 4 or has_gaps(attention_mask)
+        if on_grid:
             return super().forward(hidden_states, attention_mask, **kwargs)
+        if attention_mask is None:
+            lengths: Any = Lengths.of(starts(hidden_states), hidden_states.shape[1])
+            return super().forward(hidden_states, lengths, **kwargs)
         rows = PackedBatch.pack(hidden_states, attention_mask)
-        lengths = _Lengths(rows.cu_seqlens, rows.max_seqlen)
+        lengths = Lengths.of(rows.cu_seqlens, rows.max_seqlen)
         output = super().forward(rows.data[None], lengths, **kwargs)
         return Grid.of(rows).pad_output(output)
 
@@ -61,39 +60,34 @@ class PackedSelfAttention(MPNetSelfAttention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        attention_mask: _Lengths | Tensor,
+        attention_mask: Lengths | Tensor | None,
         position_bias: Tensor,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """As upstream, with lengths in the place of a mask and a table in that of the bias."""
         heads = (self.num_attention_heads, self.attention_head_size)
         q, k, v = (f(hidden_states).unflatten(-1, heads) for f in (self.q, self.k, self.v))
         dropout = self.dropout.p if self.training else 0.0
+        told: dict[str, Any]
         out: Any
-        if isinstance(attention_mask, Tensor) or output_attentions:
-            grids: Any = (x.transpose(1, 2) for x in (q, k, v))
-            told: dict[str, Any] = {
+        weights: Any = None
+        if isinstance(attention_mask, Lengths):
+            told = attention_mask.arguments()
+            told |= {"rel_bias": position_bias, "dropout_p": dropout or None}
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            out = ops.varlen_attn(q, k, v, **told)
+        else:
+            told = {
                 "attention_mask": attention_mask,
                 "dropout": dropout,
                 "position_bias": _dense(position_bias, hidden_states.shape[1]),
                 "output_attentions": output_attentions,
             }
-            out, _ = attention_forward(self, *grids, **told)
-        else:
-            lengths, longest = attention_mask
-            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            out = ops.varlen_attn(
-                q,
-                k,
-                v,
-                lengths,
-                max_seqlen_q=longest,
-                max_seqlen_k=longest,
-                rel_bias=position_bias,
-                dropout_p=dropout or None,
-            )
-        return (self.o(out.reshape(hidden_states.shape)),)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out, weights = attention_forward(self, q, k, v, **told)
+        out = self.o(out.reshape(hidden_states.shape))
+        return (out, weights) if output_attentions else (out,)
 
 
 def _dense(table: Tensor, size: int) -> Tensor:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
+from encfast.integrations._transformers_attention import Lengths, collected, wants_attentions
 from encfast.integrations._transformers_masks import has_gaps
 from encfast.integrations._transformers_self_test import register_attention
 from encfast.integrations._transformers_support import NAME, installed
@@ -26,7 +28,9 @@ _ENCODERS = {
     "xlm_roberta": ("XLMRobertaEncoder", "hidden_states"),
     "electra": ("ElectraEncoder", "hidden_states"),
     "distilbert": ("Transformer", "hidden_states"),
+    "albert": ("AlbertTransformer", "hidden_states"),
     "clip": ("CLIPEncoder", "inputs_embeds"),
+    "siglip": ("SiglipEncoder", "inputs_embeds"),
 }
 # Blocks are called by the model itself, which has no pooling: ids are packed instead of states.
 _MODELS = {"modernbert": "ModernBertModel"}
@@ -79,11 +83,12 @@ class _Undo:
 def accelerate(model: nn.Module) -> nn.Module:
     """Makes the encoders in a model run without padding: once out, once in again.
 
-    Serves BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT with any head, the
-    text tower of CLIP, and, with no padding to drop, the attention of ViT, of CLIP's image tower
-    and of Whisper. Hidden states at padding are zeros. Batches that cannot be packed (4-D masks,
-    caches, cross-attention; masks with gaps where distances count) keep their padding; batches
-    without padding pass as they are.
+    Serves BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, ALBERT, MPNet and ModernBERT with any
+    head, the text towers of CLIP and SigLIP, and, with no padding to drop, the attention of ViT, of
+    CLIP's and SigLIP's image towers and of Whisper. Hidden states at padding are zeros. Batches
+    that cannot be packed (4-D masks, caches, cross-attention; masks with gaps where distances
+    count) and calls that ask for attentions keep their padding; batches without padding pass as
+    they are.
 
     Args:
         model: of transformers, or a module that holds one, such as a PEFT model or a
@@ -199,15 +204,36 @@ def _packed(states: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+def _packed_for_siglip(states: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The same for texts whose last place is pooled, padding or not: it stays, and is no key."""
+    kept = mask.clone()
+    kept[:, -1] = True
+    batch = PackedBatch.pack(states, kept)
+    grid, seen = Grid.of(batch), mask.sum(1)
+    keys = mask.flatten()[grid.indices].nonzero()[:, 0]
+    lengths = Lengths(
+        batch.cu_seqlens,
+        F.pad(seen.cumsum(0), (1, 0)).int(),
+        batch.max_seqlen,
+        int(seen.max()),
+        None if keys.shape[0] == batch.total else keys,
+    )
+    return batch.data[None], {"attention_mask": lengths, _MARK: grid}
+
+
 def _pack_states(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Hidden states and the 2-D mask that encfast's mask function made."""
-    names = (_ENCODERS[_family(module) or "bert"][1], "attention_mask")
+    family = _family(module) or "bert"
+    names = (_ENCODERS[family][1], "attention_mask")
     given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     elsewhere = ("encoder_hidden_states", "cache", "past_key_values", "cu_seq_lens_q")
     if mask is None or mask.dim() != 2 or any(given.get(n) is not None for n in elsewhere):
         return None
-    rows, lengths = _packed(given[names[0]], mask)
+    if wants_attentions(module, given):
+        return None
+    pack = _packed_for_siglip if family == "siglip" else _packed
+    rows, lengths = pack(given[names[0]], mask)
     return args[2:], given | lengths | {names[0]: rows}
 
 
@@ -216,17 +242,9 @@ def _pad_states(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -
     grid = kwargs.get(_MARK)
     if grid is None:
         return None
-    collected = _collected()
-    if collected is not None:
-        collected[:] = [grid.pad(x) for x in collected]
+    states = collected().get("hidden_states", [])
+    states[:] = [grid.pad(x) for x in states]
     return grid.pad_output(output)
-
-
-def _collected() -> list[Tensor] | None:
-    """Where transformers' own hooks keep the hidden states of the running call."""
-    from transformers.utils.output_capturing import _active_collector
-
-    return (_active_collector.get() or {}).get("hidden_states")
 
 
 def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,6 +252,8 @@ def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or given.get("cu_seq_lens_q") is not None:
+        return None
+    if given.get("output_attentions", module.config.output_attentions):
         return None
     mask = mask.bool()
     if mask.all() or has_gaps(mask):  # without what is hidden, windows would reach farther
@@ -243,6 +263,8 @@ def _pack_ids(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     places = torch.arange(mask.shape[1], device=mask.device)
     positions = places if given.get("position_ids") is None else given["position_ids"]
     positions = positions.expand(mask.shape).flatten()[lengths[_MARK].indices][None]
+    # One for each kind of layer, so that none is built: in a graph that of a window is dense.
+    lengths["attention_mask"] = dict.fromkeys(module.config.layer_types)
     return (), given | lengths | {name: rows, "position_ids": positions}
 
 

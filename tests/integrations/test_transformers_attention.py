@@ -60,7 +60,7 @@ def test_a_loaded_model_equals_eager(system, tmp_path):
 
 def counted():
     """The calls of the op, behind the attention function."""
-    from encfast.integrations import _transformers_attention as attention
+    from encfast.integrations import _grids as attention
 
     class Calls(list):
         def __enter__(self):
@@ -356,7 +356,6 @@ def test_a_graph_stays_whole():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"output_attentions": True}, "output_attentions reached SimpleNamespace, .* never built"),
         ({"head_mask": torch.ones(4)}, "head_mask reached SimpleNamespace"),
         ({"s_aux": torch.ones(4)}, "s_aux reached SimpleNamespace.*eager"),
         (
@@ -380,13 +379,6 @@ def test_what_cannot_be_honoured_is_refused(kwargs, message):
     mask = kwargs.pop("mask", None)
     with pytest.raises(ValueError, match=message):
         hook.attention_forward(MODULE, *qkv(), mask, **kwargs)
-
-
-def test_attentions_are_refused_through_a_model():
-    model = model_of("bert")
-    model.set_attn_implementation("encfast")
-    with pytest.raises(ValueError, match="output_attentions reached BertSelfAttention"):
-        model(**text(), output_attentions=True)
 
 
 def test_hidden_keys_and_fewer_queries_under_a_causal_rule():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import encfast
+import vision
 from encfast import PackedBatch, ops, weights
 from encfast.models import _frozen_in_time_video as video
 from encfast.models._frozen_in_time_names import image_names, text_names
@@ -44,7 +45,7 @@ def batch_of(model: FrozenInTime, lengths=(3, 1, 4, 2), seed: int = 0) -> Captio
 
 
 def timm_vit(config) -> nn.Module:
-    timm = pytest.importorskip("timm")
+    timm = vision.importorskip("timm")
     vit = timm.create_model(
         "vit_base_patch16_224",
         pretrained=False,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import encfast
+import vision
 from encfast.models.uclip import Anchors, MemoryBanks, Uclip, soft_retrieve
 
 from .common import assert_parity
@@ -138,7 +139,7 @@ def test_losses_are_those_by_hand(training):
 
 @pytest.mark.quick
 def test_contrastive_losses_are_open_clips():
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = vision.importorskip("open_clip")
     model = tiny(noise=0.0).eval()
     batch = batch_of(model)
     e, t = model.embed_sentences(batch.multilingual), model.embed_images(batch.clip)
