@@ -8,7 +8,7 @@ from torch import Tensor
 from ._vocab_slices import (
     VocabSlices,
     add_product,
-    kept_floats,
+    new_kept,
     new_weight_grad,
     product_dtype,
 )
@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [M], log-sum-exp [M], logits for the backward)."""
     vocab = weight.shape[0]
-    kept = x.new_empty(kept_floats(targets.shape[0], vocab) if keep else 0, dtype=torch.float32)
+    kept = new_kept(x, targets.shape[0], vocab, keep)
     loss, lse = (x.new_zeros(targets.shape, dtype=torch.float32) for _ in range(2))
     active, taken = active_rows(targets, rows, ignore_index)
     if active.numel() == 0:

@@ -14,7 +14,7 @@ from ._vocab_slices import (
     VocabSlices,
     add_product,
     columns_per_slice,
-    kept_floats,
+    new_kept,
     new_weight_grad,
     product_dtype,
 )
@@ -84,7 +84,7 @@ def forward(operands: Operands, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(KL [M], log-sum-exps [2, M], logits for the backward)."""
     x, weight, *_ = operands
     m = x.shape[0]
-    kept = x.new_empty(kept_floats(m, weight.shape[0]) if keep else 0, dtype=torch.float32)
+    kept = new_kept(x, m, weight.shape[0], keep)
     if m == 0:
         loss = x.new_zeros(0, dtype=torch.float32)
         return loss, loss.new_zeros(2, 0), kept

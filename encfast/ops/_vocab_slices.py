@@ -27,9 +27,18 @@ _LEAST_COLUMNS, _MOST_COLUMNS, _STEP = 512, 4096, 64
 _COPY_BYTES = 2 * 2**20
 
 
-def kept_floats(rows: int, vocab: int) -> int:
-    """Elements of the buffer of kept logits; `rows` and `vocab` may be symbols."""
-    return torch.sym_min(rows * vocab, KEPT_BYTES // 4)
+def kept_floats(x: Tensor, rows: int, vocab: int) -> int:
+    """float32 elements of the buffer of kept logits; `rows` and `vocab` may be symbols.
+
+    No more than the logits fill: what is beyond them is never written.
+    """
+    in_a_float = 4 // product_dtype(x).itemsize
+    return torch.sym_min((rows * vocab + in_a_float - 1) // in_a_float, KEPT_BYTES // 4)
+
+
+def new_kept(x: Tensor, rows: int, vocab: int, keep: bool) -> Tensor:
+    """Memory for kept logits, in float32 whatever they are; nothing if they are not to be kept."""
+    return x.new_empty(kept_floats(x, rows, vocab) if keep else 0, dtype=torch.float32)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -42,7 +42,7 @@ from ._checks import (
     check_tensor,
     check_values,
 )
-from ._vocab_slices import kept_floats
+from ._vocab_slices import kept_floats, new_kept
 
 DISPATCHER_OPS = ("linear_cross_entropy", "linear_cross_entropy_bwd")
 REDUCTIONS = ("none", "mean", "sum")
@@ -174,8 +174,7 @@ def check_reduction(op: str, reduction: str) -> None:
 def _fake_fwd(x, weight, targets, *options):
     keep = options[-1]
     loss, lse = (x.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
-    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
-    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+    return loss, lse, new_kept(x, targets.shape[0], weight.shape[0], keep)
 
 
 @torch.library.register_fake("encfast::linear_cross_entropy_bwd")
@@ -236,8 +235,7 @@ def _reference_fwd(x, weight, targets, bias, rows, *options_and_keep):
     *options, keep = options_and_keep
     _check(x, weight, targets, bias, rows, *options)
     loss, lse = _ref_fwd(x, weight, targets, bias, rows, *options)
-    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
-    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+    return loss, lse, new_kept(x, targets.shape[0], weight.shape[0], keep)
 
 
 def _reference_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
@@ -256,22 +254,24 @@ def _cpu_fwd(x, weight, targets, bias, rows, *options_and_keep):
 
 def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
     _check(x, weight, targets, bias, rows, *options_and_wanted[:-3])
-    _check_saved(dloss, targets, weight, lse, kept)
+    _check_saved(x, dloss, targets, weight, lse, kept)
     return _cpu.backward(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted)
 
 
-def _check_saved(dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, kept: Tensor) -> None:
+def _check_saved(
+    x: Tensor, dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, kept: Tensor
+) -> None:
     op = "linear_cross_entropy_bwd"
-    whole = kept_floats(targets.shape[0], weight.shape[0])
-    for name, x, sizes in (
+    whole = kept_floats(x, targets.shape[0], weight.shape[0])
+    for name, saved, sizes in (
         ("dloss", dloss, (targets.shape[0],)),
         ("lse", lse, (targets.shape[0],)),
         ("kept", kept, (whole, 0)),
     ):
-        check_tensor(op, name, x, 1)
-        check_dtype(op, name, x, torch.float32)
-        if x.shape[0] not in sizes:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({sizes[0]},)")
+        check_tensor(op, name, saved, 1)
+        check_dtype(op, name, saved, torch.float32)
+        if saved.shape[0] not in sizes:
+            raise ValueError(f"{op}: {name} has shape {tuple(saved.shape)}, expected ({sizes[0]},)")
 
 
 def _triton_fwd(x, weight, targets, *options_and_keep):
@@ -281,8 +281,7 @@ def _triton_fwd(x, weight, targets, *options_and_keep):
     _check(x, weight, targets, *options)
     loss, lse = kernels.linear_cross_entropy(x, weight, targets, *options)
     # Left as it is: the backward computes all logits again.
-    kept = kept_floats(targets.shape[0], weight.shape[0]) if keep else 0
-    return loss, lse, x.new_empty(kept, dtype=torch.float32)
+    return loss, lse, new_kept(x, targets.shape[0], weight.shape[0], keep)
 
 
 def _triton_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):

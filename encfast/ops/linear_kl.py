@@ -26,7 +26,7 @@ from ..ref.linear_kl import linear_kl_bwd as _ref_bwd
 from . import _backends
 from . import _linear_kl_cpu as _cpu
 from ._checks import check_device, check_dtype, check_tensor
-from ._vocab_slices import kept_floats
+from ._vocab_slices import kept_floats, new_kept
 from .linear_cross_entropy import check_head, check_reduction, check_weights, reduce_rows
 
 DISPATCHER_OPS = ("linear_kl", "linear_kl_bwd")
@@ -67,11 +67,6 @@ def _check(x, weight, teacher_x, teacher_weight, bias, teacher_bias, temperature
         )
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature is {temperature}, expected a finite number > 0")
-
-
-def _new_kept(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
-    kept = kept_floats(x.shape[0], weight.shape[0]) if keep else 0
-    return x.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.register_fake("encfast::linear_kl")
@@ -135,7 +130,7 @@ def _reference_fwd(*args):
     *operands, keep = args
     _check(*operands)
     x, weight, *_ = operands
-    return *_ref_fwd(*operands), _new_kept(x, weight, keep)
+    return *_ref_fwd(*operands), new_kept(x, x.shape[0], weight.shape[0], keep)
 
 
 def _reference_bwd(dloss, *args):
@@ -164,7 +159,7 @@ def _cpu_bwd(dloss, *args):
 
 def _check_saved(x: Tensor, weight: Tensor, dloss: Tensor, lse: Tensor, kept: Tensor) -> None:
     m, op = x.shape[0], "linear_kl_bwd"
-    whole = kept_floats(m, weight.shape[0])
+    whole = kept_floats(x, m, weight.shape[0])
     for name, t, shapes in (
         ("dloss", dloss, ((m,),)),
         ("lse", lse, ((2, m),)),
@@ -183,7 +178,7 @@ def _triton_fwd(*args):
     _check(*operands)
     x, weight, *_ = operands
     # Kept logits are left as they are: the backward computes all of them again.
-    return *kernels.linear_kl(*operands), _new_kept(x, weight, keep)
+    return *kernels.linear_kl(*operands), new_kept(x, x.shape[0], weight.shape[0], keep)
 
 
 def _triton_bwd(dloss, *args):

@@ -64,7 +64,8 @@ def test_logits_that_are_kept_and_that_are_not(kept, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name)
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_layouts_match_reference(layout, dtype):
-    assert_matches(operands(23, 50, 36, dtype, layout), targets_of(23, 50))
+    # With fewer rows the largest rounding of their logits is a matter of the draw.
+    assert_matches(operands(92, 50, 36, dtype, layout), targets_of(92, 50))
 
 
 @pytest.mark.quick

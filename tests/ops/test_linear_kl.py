@@ -14,15 +14,16 @@ NATIVE = ops.backends("linear_kl")["cpu"] == "native"
 OP = torch.ops.encfast.linear_kl.default
 BWD = torch.ops.encfast.linear_kl_bwd.default
 
-# Rows, V, channels of student and teacher, temperature.
+# Rows, V, channels of student and teacher, temperature. Some dozens of rows: where both sides round
+# logits to bfloat16, the largest error of a few losses is a matter of the draw.
 CASES = {
     "one row": (1, 7, 5, 3, None),
-    "odd": (21, 67, 13, 29, None),
-    "warm": (21, 67, 13, 29, 3.0),
-    "cold": (16, 128, 32, 32, 0.5),
-    "slices": (19, 8300, 24, 40, 2.0),
+    "odd": (83, 67, 13, 29, None),
+    "warm": (83, 67, 13, 29, 3.0),
+    "cold": (64, 128, 32, 32, 0.5),
+    "slices": (76, 8300, 24, 40, 2.0),
 }
-KEPT = {"all kept": 4 * 19 * 8300 * 2, "some kept": 2 * 19 * 4096 * 4 + 16, "none kept": 0}
+KEPT = {"all kept": 4 * 76 * 8300 * 2, "some kept": 2 * 76 * 4096 * 4 + 16, "none kept": 0}
 
 
 @pytest.mark.quick
@@ -80,7 +81,7 @@ def test_entries_that_neither_has_add_nothing():
 @pytest.mark.quick
 def test_reductions_and_weights():
     student, teacher = operands(CASES["warm"])
-    weights = torch.rand(21)
+    weights = torch.rand(83)
     losses = ours(teacher, 3.0, reduction="none")(**student)
     reduced = {
         reduction: ours(teacher, 3.0, reduction=reduction, weights=weights)(**student)
@@ -115,7 +116,7 @@ def test_opcheck(dtype):
 
 def test_compiles_whole():
     student, teacher = operands(CASES["warm"])
-    f = ours(teacher, 3.0, weights=torch.rand(21))
+    f = ours(teacher, 3.0, weights=torch.rand(83))
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
     grad = [torch.tensor(0.5)]
     found, expected = results(compiled, student, grad), results(f, student, grad)
