@@ -30,6 +30,9 @@ def cross_entropy(
         targets: int64 ``[M]`` or ``[B, *size]`` in [0, V), or -100.
         label_smoothing: share of the target, in [0, 1], that is spread evenly over all V; none by
             default.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     total = F.cross_entropy(
         _wide(logits),
@@ -51,6 +54,9 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``[B, V, *size]``.
         targets: int64 ``[B, *size]`` in [0, V); where -100 stands, nothing counts.
+
+    Returns:
+        0-dim, fp32 or wider.
 
     Raises:
         ValueError: for targets of another shape.
@@ -81,6 +87,9 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``[M, V]`` of the masked rows.
         targets: int64 ``[M]``: what stood there.
+
+    Returns:
+        0-dim, fp32 or wider; 0 where nothing is masked.
     """
     return cross_entropy(logits, targets)
 
@@ -96,6 +105,9 @@ def bag_of_words_loss(pooled: Tensor, words: PackedBatch) -> Tensor:
     Args:
         pooled: ``[B, V]``, as :func:`encfast.ops.linear_seg_max` returns it.
         words: ids ``[M]`` in [0, V), B sequences.
+
+    Returns:
+        0-dim, fp32 or wider.
 
     Raises:
         ValueError: if the numbers of sequences differ.
@@ -118,6 +130,9 @@ def next_tokens(tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
     Args:
         tokens: ids ``[N]``.
         labels: ``[N]``, ids or -100, to be predicted instead of the ids themselves.
+
+    Returns:
+        int64 ``[N]``.
     """
     ahead = F.pad(tokens.data if labels is None else labels, (0, 1))[1:].long()
     ends = tokens.cu_seqlens[1:].long()[tokens.segment_ids()]  # [N]
@@ -132,6 +147,9 @@ def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None =
         logits: ``[N, V]``; the last row of a sequence predicts nothing.
         tokens: ids ``[N]``.
         labels: ``[N]``, ids or -100 (not predicted), in place of the ids.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     return cross_entropy(logits, next_tokens(tokens, labels))
 
@@ -150,6 +168,9 @@ def classification_loss(
         labels: int64 ``[M]`` in [0, K) or -100; or floating ``[M]`` or ``[M, K]``.
         kept: bool ``[M]``: leave out rows where it is False (e.g. of empty sequences).
         label_smoothing: of integer labels, see :func:`cross_entropy`.
+
+    Returns:
+        0-dim, fp32 or wider; 0 where no row counts.
 
     Raises:
         ValueError: if floating labels do not have the shape of the predictions.
@@ -189,6 +210,9 @@ def scaled_cosine_error(
         beta: at least 1.
         reduction: see above.
 
+    Returns:
+        0-dim, fp32 or wider.
+
     Raises:
         ValueError: for a beta below 1, another reduction, or shapes that differ.
     """
@@ -215,6 +239,9 @@ def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
     Args:
         scores: ``[N]``.
         batch: geometry of the rows.
+
+    Returns:
+        ``[B]``, fp32 or wider.
     """
     segments = batch.segment_ids()
     lowest = torch.full((batch.batch_size,), -torch.inf, dtype=scores.dtype, device=scores.device)
@@ -233,6 +260,9 @@ def position_loss(scores: Tensor, batch: PackedBatch, positions: Tensor) -> Tens
         batch: geometry of the rows.
         positions: int64 ``[B]``, counted from the start of the sequence; a sequence whose position
             is not in [0, length) is left out.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     scores = _wide(scores)
     kept = (positions >= 0) & (positions < batch.lengths())
@@ -252,6 +282,9 @@ def span_loss(
         batch: geometry of the rows.
         starts, ends: int64 ``[B]``, the answer's first and last position in its sequence; positions
             outside of the sequence (an answer that this window does not hold) are left out.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
 
@@ -261,7 +294,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none."""
+    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none.
+
+    Args:
+        predicted: ``[M, C]``.
+        targets: ``[M, C]``.
+
+    Returns:
+        0-dim, fp32 or wider.
+    """
     error = _wide(predicted) - _wide(targets)
     return error.square().sum() / max(error.numel(), 1)
 
@@ -284,6 +325,9 @@ def pixel_loss(
         normalise: compare with (pixels - mean) / sqrt(variance + eps) of each patch.
         unbiased: divide the variance by Q - 1, as MAE's published code does.
         eps: added to the variance.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     if normalise:
         pixels = normalised_patches(pixels, unbiased=unbiased, eps=eps)
@@ -291,7 +335,16 @@ def pixel_loss(
 
 
 def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
-    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider."""
+    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider.
+
+    Args:
+        pixels: ``[M, Q]``.
+        unbiased: divide the variance by Q - 1 instead of Q.
+        eps: added to the variance.
+
+    Returns:
+        ``[M, Q]``.
+    """
     mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
     return (_wide(pixels) - mean) / deviation
 
@@ -299,7 +352,16 @@ def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e
 def patch_moments(
     pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + eps) of each patch ``[M, Q]``, ``[M, 1]`` each."""
+    """Mean and sqrt(variance + eps) of each patch.
+
+    Args:
+        pixels: ``[M, Q]``.
+        unbiased: divide the variance by Q - 1 instead of Q.
+        eps: added to the variance.
+
+    Returns:
+        ``[M, 1]`` each, fp32 or wider.
+    """
     pixels = _wide(pixels)
     mean = pixels.mean(-1, keepdim=True)
     # Not torch.var_mean, which warns where there are no patches.
@@ -324,6 +386,9 @@ def load_balance_loss(
         choices: count first choices, or all K of a token, as Mixtral does (K at perfect balance).
         normalise: divide a token's scores by their sum, where they are sigmoids (DeepSeek-V3,
             arXiv 2412.19437, equations 17 to 20).
+
+    Returns:
+        0-dim, fp32.
 
     Raises:
         ValueError: for another ``choices``, or a routing without probabilities.
@@ -351,6 +416,9 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         logits: ``[N, E]``.
         mask: bool ``[N]``, False where a row is no token.
+
+    Returns:
+        0-dim, fp32 or wider.
     """
     logits = _wide(logits)
     if mask is None:

@@ -17,6 +17,9 @@ def linear_schedule(now: float, warmup: float, total: float, *, final: float = 0
         total: duration of everything.
         final: factor at ``total``.
 
+    Returns:
+        The factor of the learning rate.
+
     Raises:
         ValueError: if the rise does not fit into the whole.
     """
@@ -36,6 +39,9 @@ def wsd_schedule(
         total: duration of everything.
         decay: duration of the fall; 0: none.
         final: factor at ``total``, if there is a fall.
+
+    Returns:
+        The factor of the learning rate.
 
     Raises:
         ValueError: if the three durations do not fit into each other.
@@ -63,6 +69,9 @@ def cosine_schedule(now: float, warmup: float, total: float, *, final: float = 0
         total: duration of everything.
         final: factor at ``total``.
 
+    Returns:
+        The factor of the learning rate.
+
     Raises:
         ValueError: if the rise does not fit into the whole.
     """
@@ -81,6 +90,9 @@ def one_minus_sqrt(now: float, total: float, *, final: float = 0.0) -> float:
         now: progress, >= 0; past ``total`` the factor stays at ``final``.
         total: duration, > 0.
         final: factor at ``total``.
+
+    Returns:
+        The factor of the learning rate.
 
     Raises:
         ValueError: if ``total`` is not positive.

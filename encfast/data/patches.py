@@ -32,6 +32,9 @@ def random_mask(
         generator: of the noise, on ``device``.
         device: of the mask; by default the generator's.
 
+    Returns:
+        What is visible of ``batch`` sequences of P patches, P the product of ``grid``.
+
     Raises:
         TypeError, ValueError: if a number is no integer, or out of its range.
     """
@@ -55,6 +58,9 @@ def tube_mask(
         grid: (T, H, W) patches; time is the slowest axis.
         keep: visible patches of each frame, in 1..H * W.
         generator, device: as in :func:`random_mask`.
+
+    Returns:
+        What is visible of ``batch`` clips; all frames of a clip show the same places.
 
     Raises:
         TypeError, ValueError: as :func:`random_mask`; for a grid of other than three axes.

@@ -25,6 +25,9 @@ def pool(
         weights: ``[N]``, see there.
         normalize: to length 1.
 
+    Returns:
+        ``[B, C]`` in the dtype of the rows.
+
     Raises:
         ValueError: for another ``how``, or weights that do not fit it.
     """
