@@ -33,6 +33,11 @@ def cross_entropy(
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import cross_entropy
+        >>> cross_entropy(torch.zeros(3, 4), torch.tensor([1, -100, 2])).exp().round()
+        tensor(4.)
     """
     total = F.cross_entropy(
         _wide(logits),
@@ -60,6 +65,13 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Raises:
         ValueError: for targets of another shape.
+
+    Examples:
+        >>> from encfast.losses import dice_loss
+        >>> targets = torch.tensor([[[0, 1], [1, -100]]])
+        >>> right = torch.nn.functional.one_hot(targets.clamp(min=0), 2).movedim(-1, 1)
+        >>> dice_loss(50.0 * right, targets).abs() < 1e-5
+        tensor(True)
     """
     if targets.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
@@ -77,7 +89,13 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def masked_lm_rows(labels: Tensor) -> Tensor:
-    """int64 ``[M]``: the rows of ``labels`` ``[N]`` other than -100. For the border: M is data."""
+    """int64 ``[M]``: the rows of ``labels`` ``[N]`` other than -100. For the border: M is data.
+
+    Examples:
+        >>> from encfast.losses import masked_lm_rows
+        >>> masked_lm_rows(torch.tensor([-100, 7, -100, 9]))
+        tensor([1, 3])
+    """
     return (labels != IGNORE).nonzero().flatten()
 
 
@@ -90,6 +108,11 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         0-dim, fp32 or wider; 0 where nothing is masked.
+
+    Examples:
+        >>> from encfast.losses import masked_lm_loss
+        >>> masked_lm_loss(torch.zeros(2, 8), torch.tensor([3, 5])).exp().round()
+        tensor(8.)
     """
     return cross_entropy(logits, targets)
 
@@ -111,6 +134,12 @@ def bag_of_words_loss(pooled: Tensor, words: PackedBatch) -> Tensor:
 
     Raises:
         ValueError: if the numbers of sequences differ.
+
+    Examples:
+        >>> from encfast.losses import bag_of_words_loss
+        >>> words = PackedBatch.from_list([torch.tensor([1, 3])])
+        >>> bag_of_words_loss(torch.zeros(1, 4), words).exp().round()
+        tensor(4.)
     """
     if words.batch_size != pooled.shape[0]:
         raise ValueError(
@@ -133,6 +162,11 @@ def next_tokens(tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
 
     Returns:
         int64 ``[N]``.
+
+    Examples:
+        >>> from encfast.losses import next_tokens
+        >>> next_tokens(PackedBatch.from_list([torch.tensor([5, 6, 7]), torch.tensor([8, 9])]))
+        tensor([   6,    7, -100,    9, -100])
     """
     ahead = F.pad(tokens.data if labels is None else labels, (0, 1))[1:].long()
     ends = tokens.cu_seqlens[1:].long()[tokens.segment_ids()]  # [N]
@@ -150,6 +184,12 @@ def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None =
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import next_token_loss
+        >>> tokens = PackedBatch.from_list([torch.tensor([1, 2, 3]), torch.tensor([0, 1])])
+        >>> next_token_loss(torch.zeros(5, 4), tokens).exp().round()
+        tensor(4.)
     """
     return cross_entropy(logits, next_tokens(tokens, labels))
 
@@ -174,6 +214,12 @@ def classification_loss(
 
     Raises:
         ValueError: if floating labels do not have the shape of the predictions.
+
+    Examples:
+        >>> from encfast.losses import classification_loss
+        >>> regression = torch.tensor([1.0, 4.0])
+        >>> classification_loss(torch.tensor([[1.0], [2.0]]), regression)
+        tensor(2.)
     """
     if kept is None:
         kept = torch.ones(labels.shape[:1], dtype=torch.bool, device=labels.device)
@@ -215,6 +261,12 @@ def scaled_cosine_error(
 
     Raises:
         ValueError: for a beta below 1, another reduction, or shapes that differ.
+
+    Examples:
+        >>> from encfast.losses import scaled_cosine_error
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> scaled_cosine_error(torch.tensor([[3.0, 0.0], [1.0, 0.0]]), x)
+        tensor(0.5000)
     """
     if not beta >= 1:
         raise ValueError(f"beta must be >= 1, got {beta}")
@@ -242,6 +294,12 @@ def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
 
     Returns:
         ``[B]``, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import segment_logsumexp
+        >>> batch = PackedBatch.from_list([torch.zeros(4), torch.zeros(0)])
+        >>> segment_logsumexp(batch.data, batch).exp().round()
+        tensor([4., 0.])
     """
     segments = batch.segment_ids()
     lowest = torch.full((batch.batch_size,), -torch.inf, dtype=scores.dtype, device=scores.device)
@@ -263,6 +321,12 @@ def position_loss(scores: Tensor, batch: PackedBatch, positions: Tensor) -> Tens
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import position_loss
+        >>> batch = PackedBatch.from_list([torch.zeros(4), torch.zeros(4)])
+        >>> position_loss(batch.data, batch, torch.tensor([0, 3])).exp().round()
+        tensor(4.)
     """
     scores = _wide(scores)
     kept = (positions >= 0) & (positions < batch.lengths())
@@ -285,6 +349,13 @@ def span_loss(
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import span_loss
+        >>> batch = PackedBatch.from_list([torch.zeros(4)])
+        >>> starts, ends = torch.tensor([1]), torch.tensor([2])
+        >>> span_loss(batch.data, batch.data, batch, starts, ends).exp().round()
+        tensor(4.)
     """
     return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
 
@@ -302,6 +373,11 @@ def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import mean_squared_error
+        >>> mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        tensor(2.)
     """
     error = _wide(predicted) - _wide(targets)
     return error.square().sum() / max(error.numel(), 1)
@@ -328,6 +404,11 @@ def pixel_loss(
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import pixel_loss
+        >>> pixel_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]))
+        tensor(5.)
     """
     if normalise:
         pixels = normalised_patches(pixels, unbiased=unbiased, eps=eps)
@@ -344,6 +425,11 @@ def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e
 
     Returns:
         ``[M, Q]``.
+
+    Examples:
+        >>> from encfast.losses import normalised_patches
+        >>> normalised_patches(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
+        tensor([[-1.,  1.]])
     """
     mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
     return (_wide(pixels) - mean) / deviation
@@ -361,6 +447,11 @@ def patch_moments(
 
     Returns:
         ``[M, 1]`` each, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import patch_moments
+        >>> patch_moments(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
+        (tensor([[2.]]), tensor([[1.]]))
     """
     pixels = _wide(pixels)
     mean = pixels.mean(-1, keepdim=True)
@@ -392,6 +483,12 @@ def load_balance_loss(
 
     Raises:
         ValueError: for another ``choices``, or a routing without probabilities.
+
+    Examples:
+        >>> from encfast.losses import load_balance_loss
+        >>> routing = ops.route_tokens(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), 1)
+        >>> load_balance_loss(routing).round(decimals=2)
+        tensor(1.)
     """
     if choices not in ("first", "all"):
         raise ValueError(f"choices must be 'first' or 'all', got {choices!r}")
@@ -419,6 +516,11 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Returns:
         0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import router_z_loss
+        >>> router_z_loss(torch.tensor([[0.0, 0.0]])).sqrt().exp().round()
+        tensor(2.)
     """
     logits = _wide(logits)
     if mask is None:

@@ -18,6 +18,11 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
     Raises:
         ValueError: for shapes that differ or are empty.
+
+    Examples:
+        >>> from encfast.metrics import accuracy
+        >>> accuracy(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 0, 1]))
+        0.75
     """
     _check(predicted, labels)
     return (predicted == labels).double().mean().item()

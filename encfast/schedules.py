@@ -22,6 +22,11 @@ def linear_schedule(now: float, warmup: float, total: float, *, final: float = 0
 
     Raises:
         ValueError: if the rise does not fit into the whole.
+
+    Examples:
+        >>> from encfast.schedules import linear_schedule
+        >>> [linear_schedule(step, 2, 6) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if not 0 <= warmup < total:
         raise ValueError(f"warmup must be in [0, total), got {warmup} of {total}")
@@ -45,6 +50,11 @@ def wsd_schedule(
 
     Raises:
         ValueError: if the three durations do not fit into each other.
+
+    Examples:
+        >>> from encfast.schedules import wsd_schedule
+        >>> [wsd_schedule(step, 2, 6, 2) for step in range(7)]
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
     if min(warmup, decay) < 0 or warmup + decay > total:
         raise ValueError(
@@ -74,6 +84,11 @@ def cosine_schedule(now: float, warmup: float, total: float, *, final: float = 0
 
     Raises:
         ValueError: if the rise does not fit into the whole.
+
+    Examples:
+        >>> from encfast.schedules import cosine_schedule
+        >>> [round(cosine_schedule(step, 2, 6), 3) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
     if not 0 <= warmup < total:
         raise ValueError(f"warmup must be in [0, total), got {warmup} of {total}")

@@ -37,6 +37,12 @@ def random_mask(
 
     Raises:
         TypeError, ValueError: if a number is no integer, or out of its range.
+
+    Examples:
+        >>> from encfast.data import random_mask
+        >>> mask = random_mask(2, (4, 4), keep=3)
+        >>> mask.visible.shape, mask.hidden.shape
+        (torch.Size([6]), torch.Size([26]))
     """
     patches = math.prod(check_grid(grid, len(grid)))
     noise = _noise(batch, patches, generator, device)

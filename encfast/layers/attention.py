@@ -163,7 +163,7 @@ class Attention(nn.Module):
             batch: rows and geometry.
             rope: cos and sin of each row's angles, ``[N, D / 2]``, from :class:`Rotary`.
             cache: keys and values of earlier rows, to which these are appended.
-            rel_bias: ``[H, R]``, see :func:`encfast.ops.varlen_attn`.
+            rel_bias: ``[H, R]`` or ``[N, H, R]``, see :func:`encfast.ops.varlen_attn`.
 
         Returns:
             ``[N, C]``: what the residual stream gets.

@@ -132,7 +132,7 @@ class Block(nn.Module):
             rows: int64 ``[M]``, the rows that go on; None: all.
             rope: cos and sin ``[N, D / 2]``, or None.
             cache: keys and values of earlier rows, or None.
-            rel_bias: ``[H, R]``, or None.
+            rel_bias: ``[H, R]`` or ``[N, H, R]``, or None.
 
         Returns:
             ``[M, C]`` each.

@@ -145,7 +145,7 @@ class PatchEmbed(ExactBuffers):
             mask: what is visible; None: everything.
 
         Returns:
-            ``[K, dim]`` rows of all visible patches, one sequence an image.
+            ``[K, dim]`` rows of all visible patches, one sequence per image.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`; for a mask of other numbers of patches.

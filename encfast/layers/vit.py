@@ -131,7 +131,7 @@ class PatchEncoder(nn.Module):
             mask: what is visible; None: everything.
 
         Returns:
-            One sequence an image.
+            A batch with one sequence per image.
 
         Raises:
             ValueError: as :meth:`embedded`.

@@ -291,7 +291,7 @@ class DupMae(Model):
             tokens: ids ``[N]`` of ``[CLS] words [SEP]``.
 
         Returns:
-            One row of c and of mu a text.
+            One row of c and one of mu per text.
 
         Raises:
             ValueError: for a model of another task.

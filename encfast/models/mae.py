@@ -212,7 +212,7 @@ class Mae(Model):
             mask: what is visible; None: everything.
 
         Returns:
-            One sequence an image.
+            A batch with one sequence per image.
 
         Raises:
             ValueError: for images of another size, or a mask of another number of patches.

@@ -101,6 +101,12 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: as `encfast.ops.varlen_attn`, which names the arguments the same way.
+
+    Examples:
+        >>> from encfast.compat.flash_attn import flash_attn_func
+        >>> q, k, v = torch.randn(3, 2, 5, 4, 16)  # 2 sequences of 5, 4 heads of 16
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 5, 4, 16])
     """
     op = "flash_attn_func"
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -188,6 +194,13 @@ def flash_attn_varlen_func(
     Raises:
         TypeError, ValueError: as `encfast.ops.varlen_attn`.
         NotImplementedError: for a block table.
+
+    Examples:
+        >>> from encfast.compat.flash_attn import flash_attn_varlen_func
+        >>> q, k, v = torch.randn(3, 5, 4, 16)
+        >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 3, 3).shape
+        torch.Size([5, 4, 16])
     """
     op = "flash_attn_varlen_func"
     refuse(op, "block_table", block_table, "gather the pages into k and v and pass None")
