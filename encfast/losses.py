@@ -293,7 +293,7 @@ def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
         batch: geometry of the rows.
 
     Returns:
-        ``[B]``, fp32 or wider.
+        ``[B]`` in the dtype of the scores.
 
     Examples:
         >>> from encfast.losses import segment_logsumexp
