@@ -114,7 +114,7 @@ def describe(info: dict[str, Any]) -> str:
         ("CPU ISAs", f"usable {_listed(cpu['usable_isas'])}; built {_listed(cpu['built_isas'])}"),
         ("CUDA kernels", built if cuda["built_with"] else f"not built: {built}"),
         ("CUDA devices", cuda["why_no_device"] or _listed(cuda["devices"])),
-        *((f"op {op}", _served(devices)) for op, devices in info["ops"].items()),
+        *((f"op {op}", served(devices)) for op, devices in info["ops"].items()),
         *((name, _setting(name, value)) for name, value in info["environment"].items()),
     ]
     width = max(len(name) for name, _ in rows)
@@ -125,8 +125,8 @@ def _listed(names: list[str]) -> str:
     return " ".join(names) or "none"
 
 
-def _served(devices: dict[str, str]) -> str:
-    """`ops.backends` with the languages of the kernels instead of their kinds."""
+def served(devices: dict[str, str]) -> str:
+    """`devices`, of `ops.backends`, with the languages of kernels in place of their kinds."""
     languages = {"cpu": {"native": "C++"}, "cuda": {"native": "CUDA C++", "triton": "Triton"}}
     return "; ".join(f"{device}: {languages[device].get(b, b)}" for device, b in devices.items())
 
