@@ -3,6 +3,7 @@
 #   make bench              how fast packed encoders are here, on real text and weights (BENCH=...)
 #   make test               all tests but the slow ones (TESTS=..., WORKERS=...)
 #   make lint               ruff, mypy, clang-format
+#   make docs               build/docs: the site, its reference built from docstrings
 #   make verify             all tests, training runs included
 #   make sanitize           the CPU cores under ASan, UBSan and TSan, every ISA this machine has
 #   make gpu-check          on a machine with a GPU: every op there, compute-sanitizer, benches; writes perf/gpu
@@ -22,7 +23,7 @@ CUDA_VENV := build/cuda-venv
 BIN = $(VENV)/bin
 # What the build imports, beside PyTorch; without build isolation pip does not fetch it.
 BUILD_NEEDS := 'setuptools>=77' wheel numpy 'pybind11>=2.13'
-EXTRAS := hf,bench,examples,test,gpu-test,dev
+EXTRAS := hf,bench,examples,test,gpu-test,docs,dev
 # Triton reads its flag once, so its interpreter has a process of its own; other tests leave tests/interp out.
 INTERPRET := TRITON_INTERPRET=1 $(BIN)/python
 # Tests use one thread each; a file stays in one process, for what its tests share.
@@ -36,7 +37,7 @@ NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint verify sanitize gpu-check wheel wheel-cuda clean
+.PHONY: bench test lint docs verify sanitize gpu-check wheel wheel-cuda clean
 
 bench: $(VENV)/.native
 	$(BIN)/python bench/run.py $(BENCH)
@@ -60,6 +61,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+docs: $(VENV)/.native
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.installed
 	$(call pip_wheel,dist)

@@ -45,17 +45,28 @@ def op_table() -> str:
     """One row per op: what it is, and which files hold which of its rooms."""
     rows = ["| op | what | CPU | CUDA |", "|---|---|---|---|"]
     for stem in encfast.ops.OPS:
-        module = (ROOT / "encfast" / "ops" / f"{stem}.py").read_text()
-        what = " ".join(re.match(r'"""(.+?)(?:\n\n|""")', module, re.S)[1].split())  # type: ignore[index]
-        core = f"csrc/cpu/{encfast.ops.LENT_CORES.get(stem, stem)}.cpp"
-        cpu = f"[C++]({core})" if (ROOT / core).exists() else "reference"
-        gpu = (
-            (f"[Triton](encfast/kernels/{stem}.py)", f"encfast/kernels/{stem}.py"),
-            (f"[CUDA C++](csrc/cuda/{stem}.cu)", f"csrc/cuda/{stem}.cu"),
-        )
-        cuda = next((link for link, path in gpu if (ROOT / path).exists()), "reference: no kernel")
-        rows.append(f"| [`{stem}`](encfast/ops/{stem}.py) | {what} | {cpu} | {cuda} |")
+        cells = (f"[{kind}]({path})" if path else kind for kind, path in op_rooms(stem))
+        what = f"[`{stem}`](encfast/ops/{stem}.py) | {op_summary(stem)}"
+        rows.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def op_summary(stem: str) -> str:
+    """The first sentence of the op's module."""
+    module = (ROOT / "encfast" / "ops" / f"{stem}.py").read_text()
+    return " ".join(re.match(r'"""(.+?)(?:\n\n|""")', module, re.S)[1].split())  # type: ignore[index]
+
+
+def op_rooms(stem: str) -> list[tuple[str, str | None]]:
+    """Kind of the kernel on the CPU and on GPUs, and its file; None: the reference serves."""
+    core = f"csrc/cpu/{encfast.ops.LENT_CORES.get(stem, stem)}.cpp"
+    cpu = [("C++", core), ("reference", None)]
+    gpu = [
+        ("Triton", f"encfast/kernels/{stem}.py"),
+        ("CUDA C++", f"csrc/cuda/{stem}.cu"),
+        ("reference: no kernel", None),
+    ]
+    return [next(r for r in rooms if not r[1] or (ROOT / r[1]).exists()) for rooms in (cpu, gpu)]
 
 
 def figures() -> str:

@@ -118,7 +118,7 @@ class BlockConfig:
 
 
 def with_drop_path(config: BlockConfig, rate: float, depth: int) -> list[BlockConfig]:
-    """``depth`` configs whose ``drop_path`` rises linearly from 0 to ``rate`` in the last block.
+    """``depth`` times ``config``, its ``drop_path`` linear from 0 to ``rate`` in the last block.
 
     Source: Huang et al. 2016, arXiv 1603.09382, section 3, as DeiT and BEiT apply it.
     """
@@ -127,7 +127,7 @@ def with_drop_path(config: BlockConfig, rate: float, depth: int) -> list[BlockCo
 
 
 def replace_fields(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
-    """``dataclasses.replace`` whose error for an unknown field names the nearest one.
+    """``dataclasses.replace(config, **overrides)``, whose errors name the nearest field.
 
     Raises:
         TypeError: for a field the config does not have.
@@ -142,7 +142,15 @@ def replace_fields(config: ConfigT, overrides: dict[str, Any]) -> ConfigT:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...?' for error messages, or the list of what there is."""
+    """'did you mean ...?' for error messages, or the list of what there is.
+
+    Args:
+        name: what was asked for.
+        known: the names there are.
+
+    Returns:
+        A sentence.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known) or 'none'}"

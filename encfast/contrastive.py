@@ -32,8 +32,17 @@ def nt_xent(
             gradient.
         reduction: over the 2B rows; "none" has those of ``a`` first.
 
+    Returns:
+        fp32, 0-dim, or ``[2B]`` for "none".
+
     Raises:
         ValueError: for views of different shapes; and as :func:`encfast.ops.info_nce` does.
+
+    Examples:
+        >>> from encfast.contrastive import nt_xent
+        >>> views = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+        >>> nt_xent(*views, logit_scale=10.0) > nt_xent(views[0], views[0], logit_scale=10.0)
+        tensor(True)
     """
     if a.shape != b.shape:
         raise ValueError(
@@ -70,9 +79,20 @@ def sup_con(
         logit_scale: as in :func:`nt_xent`.
         reduction: "mean" over the rows that are not alone, "sum", or "none".
 
+    Returns:
+        fp32, 0-dim, or ``[N]`` for "none".
+
     Raises:
         TypeError, ValueError: for labels of another shape or dtype; and as
             :func:`encfast.ops.info_nce` does.
+
+    Examples:
+        >>> from encfast.contrastive import sup_con
+        >>> features = torch.eye(2).repeat(3, 1)  # rows 0, 2, 4 are equal, and 1, 3, 5
+        >>> sup_con(features, torch.tensor([0, 1, 0, 1, 0, 1]), logit_scale=10.0).round(decimals=3)
+        tensor(0.6930)
+        >>> sup_con(features, torch.tensor([0, 1, 1, 0, 2, 3]), logit_scale=10.0) > 10
+        tensor(True)
     """
     if labels.dtype != torch.int64:
         raise TypeError(f"sup_con: labels is {labels.dtype}, expected int64")
@@ -141,8 +161,17 @@ def triplet_loss(
         margin: above 0.
         reduction: over the B triplets; the mean of none is 0.
 
+    Returns:
+        0-dim, or ``[B]`` for "none".
+
     Raises:
         ValueError: for shapes that differ, or a margin that is not positive and finite.
+
+    Examples:
+        >>> from encfast.contrastive import triplet_loss
+        >>> anchor = torch.tensor([[0.0, 0.0]])
+        >>> triplet_loss(anchor, torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 0.0]]), margin=2.5)
+        tensor(0.5000)
     """
     _check_margin("triplet_loss", margin)
     for name, x in (("positive", positive), ("negative", negative)):
@@ -172,6 +201,15 @@ def hardest_triplets(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
     Returns:
         int64 ``[M]`` each: anchors, which have both, in order; positives; negatives. For
         ``triplet_loss(x[anchors], x[positives], x[negatives])``.
+
+    Examples:
+        >>> from encfast.contrastive import hardest_triplets
+        >>> features, labels = torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> anchor, positive, negative = hardest_triplets(features, labels)
+        >>> bool((labels[anchor] == labels[positive]).all())
+        True
+        >>> bool((labels[anchor] == labels[negative]).any())
+        False
     """
     x, rows = _wide(features), torch.arange(len(labels), device=labels.device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -201,9 +239,20 @@ def max_margin_loss(
     Args:
         a, b: ``[B, D]`` of one dtype: pairs.
         margin: m, above 0.
+        reduction: "mean" or "sum" of the terms.
+
+    Returns:
+        0-dim, fp32 or wider.
 
     Raises:
         ValueError: for shapes that differ, or a margin that is not positive and finite.
+
+    Examples:
+        >>> from encfast.contrastive import max_margin_loss
+        >>> max_margin_loss(torch.eye(3), torch.eye(3), margin=0.2)
+        tensor(0.)
+        >>> max_margin_loss(torch.eye(3), torch.eye(3).flip(0), margin=0.2) > 0
+        tensor(True)
     """
     _check_margin("max_margin_loss", margin)
     if a.shape != b.shape:

@@ -56,6 +56,17 @@ def exportable() -> AbstractContextManager[Any]:
 
     Raises:
         NotImplementedError: inside the context, for an op that has no such form.
+
+    Examples:
+        >>> class Embedder(torch.nn.Module):
+        ...     def forward(self, x, mask):
+        ...         batch = PackedBatch.pack(x, mask)
+        ...         return ops.seg_pool(batch.data, batch.cu_seqlens, "mean")
+        >>> x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+        >>> with encfast.exportable():
+        ...     program = torch.export.export(Embedder(), (x, mask))
+        >>> any("encfast" in str(node.target) for node in program.graph.nodes)
+        False
     """
     return _Exportable()
 

@@ -38,6 +38,15 @@ def backward_in_chunks(
 
     Raises:
         ValueError: for no towers, a tower without chunks, or features that are no matrix.
+
+    Examples:
+        >>> from encfast.gradient_cache import backward_in_chunks
+        >>> tower, x = torch.nn.Linear(4, 8), torch.randn(6, 4)
+        >>> loss = backward_in_chunks([(tower, x.split(2))], lambda y: y.square().mean())
+        >>> torch.allclose(loss, tower(x).square().mean())
+        True
+        >>> tower.weight.grad.shape
+        torch.Size([8, 4])
     """
     if not towers or not all(chunks for _, chunks in towers):
         raise ValueError("towers needs at least one tower, each with at least one chunk")

@@ -96,7 +96,7 @@ def why_no_device() -> str | None:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """`collect()` as text."""
+    """`info`, what `collect()` returns, as text."""
     library, build = info["library"], info["library"]["build"]
     cpu, cuda = info["cpu"], info["cuda"]
     versions = [f"{k} {v or 'not installed'}" for k, v in info["versions"].items()]
@@ -111,31 +111,32 @@ def describe(info: dict[str, Any]) -> str:
         ("library", "loaded" if library["loaded"] else f"NOT loaded: {library['why_not']}"),
         ("built with", origin),
         ("CPU", f"{cpu['isa'] or 'reference'} in use, {cpu['threads']} threads, {cpu['machine']}"),
-        ("CPU ISAs", f"usable {listed(cpu['usable_isas'])}; built {listed(cpu['built_isas'])}"),
+        ("CPU ISAs", f"usable {_listed(cpu['usable_isas'])}; built {_listed(cpu['built_isas'])}"),
         ("CUDA kernels", built if cuda["built_with"] else f"not built: {built}"),
-        ("CUDA devices", cuda["why_no_device"] or listed(cuda["devices"])),
+        ("CUDA devices", cuda["why_no_device"] or _listed(cuda["devices"])),
         *((f"op {op}", served(devices)) for op, devices in info["ops"].items()),
-        *((name, setting(name, value)) for name, value in info["environment"].items()),
+        *((name, _setting(name, value)) for name, value in info["environment"].items()),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
 
 
-def listed(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return " ".join(names) or "none"
 
 
 def served(devices: dict[str, str]) -> str:
-    """`ops.backends` with the languages of the kernels instead of their kinds."""
+    """`devices`, of `ops.backends`, with the languages of kernels in place of their kinds."""
     languages = {"cpu": {"native": "C++"}, "cuda": {"native": "CUDA C++", "triton": "Triton"}}
     return "; ".join(f"{device}: {languages[device].get(b, b)}" for device, b in devices.items())
 
 
-def setting(name: str, value: str | None) -> str:
+def _setting(name: str, value: str | None) -> str:
     return f"{'not set' if value is None else repr(value)} ({VARIABLES[name]})"
 
 
 def main() -> None:
+    """Prints `collect()`, as text or, with --json, as JSON."""
     parser = argparse.ArgumentParser(prog="python -m encfast.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same for machines")
     info = collect()

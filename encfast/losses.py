@@ -30,6 +30,14 @@ def cross_entropy(
         targets: int64 ``[M]`` or ``[B, *size]`` in [0, V), or -100.
         label_smoothing: share of the target, in [0, 1], that is spread evenly over all V; none by
             default.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import cross_entropy
+        >>> cross_entropy(torch.zeros(3, 4), torch.tensor([1, -100, 2])).exp().round()
+        tensor(4.)
     """
     total = F.cross_entropy(
         _wide(logits),
@@ -52,8 +60,18 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``[B, V, *size]``.
         targets: int64 ``[B, *size]`` in [0, V); where -100 stands, nothing counts.
 
+    Returns:
+        0-dim, fp32 or wider.
+
     Raises:
         ValueError: for targets of another shape.
+
+    Examples:
+        >>> from encfast.losses import dice_loss
+        >>> targets = torch.tensor([[[0, 1], [1, -100]]])
+        >>> right = torch.nn.functional.one_hot(targets.clamp(min=0), 2).movedim(-1, 1)
+        >>> dice_loss(50.0 * right, targets).abs() < 1e-5
+        tensor(True)
     """
     if targets.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
@@ -71,7 +89,13 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def masked_lm_rows(labels: Tensor) -> Tensor:
-    """int64 ``[M]``: the rows of ``labels`` ``[N]`` other than -100. For the border: M is data."""
+    """int64 ``[M]``: the rows of ``labels`` ``[N]`` other than -100. For the border: M is data.
+
+    Examples:
+        >>> from encfast.losses import masked_lm_rows
+        >>> masked_lm_rows(torch.tensor([-100, 7, -100, 9]))
+        tensor([1, 3])
+    """
     return (labels != IGNORE).nonzero().flatten()
 
 
@@ -81,6 +105,14 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: ``[M, V]`` of the masked rows.
         targets: int64 ``[M]``: what stood there.
+
+    Returns:
+        0-dim, fp32 or wider; 0 where nothing is masked.
+
+    Examples:
+        >>> from encfast.losses import masked_lm_loss
+        >>> masked_lm_loss(torch.zeros(2, 8), torch.tensor([3, 5])).exp().round()
+        tensor(8.)
     """
     return cross_entropy(logits, targets)
 
@@ -97,8 +129,17 @@ def bag_of_words_loss(pooled: Tensor, words: PackedBatch) -> Tensor:
         pooled: ``[B, V]``, as :func:`encfast.ops.linear_seg_max` returns it.
         words: ids ``[M]`` in [0, V), B sequences.
 
+    Returns:
+        0-dim, fp32 or wider.
+
     Raises:
         ValueError: if the numbers of sequences differ.
+
+    Examples:
+        >>> from encfast.losses import bag_of_words_loss
+        >>> words = PackedBatch.from_list([torch.tensor([1, 3])])
+        >>> bag_of_words_loss(torch.zeros(1, 4), words).exp().round()
+        tensor(4.)
     """
     if words.batch_size != pooled.shape[0]:
         raise ValueError(
@@ -118,6 +159,14 @@ def next_tokens(tokens: PackedBatch, labels: Tensor | None = None) -> Tensor:
     Args:
         tokens: ids ``[N]``.
         labels: ``[N]``, ids or -100, to be predicted instead of the ids themselves.
+
+    Returns:
+        int64 ``[N]``.
+
+    Examples:
+        >>> from encfast.losses import next_tokens
+        >>> next_tokens(PackedBatch.from_list([torch.tensor([5, 6, 7]), torch.tensor([8, 9])]))
+        tensor([   6,    7, -100,    9, -100])
     """
     ahead = F.pad(tokens.data if labels is None else labels, (0, 1))[1:].long()
     ends = tokens.cu_seqlens[1:].long()[tokens.segment_ids()]  # [N]
@@ -132,6 +181,15 @@ def next_token_loss(logits: Tensor, tokens: PackedBatch, labels: Tensor | None =
         logits: ``[N, V]``; the last row of a sequence predicts nothing.
         tokens: ids ``[N]``.
         labels: ``[N]``, ids or -100 (not predicted), in place of the ids.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import next_token_loss
+        >>> tokens = PackedBatch.from_list([torch.tensor([1, 2, 3]), torch.tensor([0, 1])])
+        >>> next_token_loss(torch.zeros(5, 4), tokens).exp().round()
+        tensor(4.)
     """
     return cross_entropy(logits, next_tokens(tokens, labels))
 
@@ -151,8 +209,17 @@ def classification_loss(
         kept: bool ``[M]``: leave out rows where it is False (e.g. of empty sequences).
         label_smoothing: of integer labels, see :func:`cross_entropy`.
 
+    Returns:
+        0-dim, fp32 or wider; 0 where no row counts.
+
     Raises:
         ValueError: if floating labels do not have the shape of the predictions.
+
+    Examples:
+        >>> from encfast.losses import classification_loss
+        >>> regression = torch.tensor([1.0, 4.0])
+        >>> classification_loss(torch.tensor([[1.0], [2.0]]), regression)
+        tensor(2.)
     """
     if kept is None:
         kept = torch.ones(labels.shape[:1], dtype=torch.bool, device=labels.device)
@@ -189,8 +256,17 @@ def scaled_cosine_error(
         beta: at least 1.
         reduction: see above.
 
+    Returns:
+        0-dim, fp32 or wider.
+
     Raises:
         ValueError: for a beta below 1, another reduction, or shapes that differ.
+
+    Examples:
+        >>> from encfast.losses import scaled_cosine_error
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> scaled_cosine_error(torch.tensor([[3.0, 0.0], [1.0, 0.0]]), x)
+        tensor(0.5000)
     """
     if not beta >= 1:
         raise ValueError(f"beta must be >= 1, got {beta}")
@@ -215,6 +291,15 @@ def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
     Args:
         scores: ``[N]``.
         batch: geometry of the rows.
+
+    Returns:
+        ``[B]`` in the dtype of the scores.
+
+    Examples:
+        >>> from encfast.losses import segment_logsumexp
+        >>> batch = PackedBatch.from_list([torch.zeros(4), torch.zeros(0)])
+        >>> segment_logsumexp(batch.data, batch).exp().round()
+        tensor([4., 0.])
     """
     segments = batch.segment_ids()
     lowest = torch.full((batch.batch_size,), -torch.inf, dtype=scores.dtype, device=scores.device)
@@ -233,6 +318,15 @@ def position_loss(scores: Tensor, batch: PackedBatch, positions: Tensor) -> Tens
         batch: geometry of the rows.
         positions: int64 ``[B]``, counted from the start of the sequence; a sequence whose position
             is not in [0, length) is left out.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import position_loss
+        >>> batch = PackedBatch.from_list([torch.zeros(4), torch.zeros(4)])
+        >>> position_loss(batch.data, batch, torch.tensor([0, 3])).exp().round()
+        tensor(4.)
     """
     scores = _wide(scores)
     kept = (positions >= 0) & (positions < batch.lengths())
@@ -252,6 +346,16 @@ def span_loss(
         batch: geometry of the rows.
         starts, ends: int64 ``[B]``, the answer's first and last position in its sequence; positions
             outside of the sequence (an answer that this window does not hold) are left out.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import span_loss
+        >>> batch = PackedBatch.from_list([torch.zeros(4)])
+        >>> starts, ends = torch.tensor([1]), torch.tensor([2])
+        >>> span_loss(batch.data, batch.data, batch, starts, ends).exp().round()
+        tensor(4.)
     """
     return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
 
@@ -261,7 +365,20 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none."""
+    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none.
+
+    Args:
+        predicted: ``[M, C]``.
+        targets: ``[M, C]``.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import mean_squared_error
+        >>> mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+        tensor(2.)
+    """
     error = _wide(predicted) - _wide(targets)
     return error.square().sum() / max(error.numel(), 1)
 
@@ -284,6 +401,14 @@ def pixel_loss(
         normalise: compare with (pixels - mean) / sqrt(variance + eps) of each patch.
         unbiased: divide the variance by Q - 1, as MAE's published code does.
         eps: added to the variance.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import pixel_loss
+        >>> pixel_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]))
+        tensor(5.)
     """
     if normalise:
         pixels = normalised_patches(pixels, unbiased=unbiased, eps=eps)
@@ -291,7 +416,21 @@ def pixel_loss(
 
 
 def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
-    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider."""
+    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider.
+
+    Args:
+        pixels: ``[M, Q]``.
+        unbiased: divide the variance by Q - 1 instead of Q.
+        eps: added to the variance.
+
+    Returns:
+        ``[M, Q]``.
+
+    Examples:
+        >>> from encfast.losses import normalised_patches
+        >>> normalised_patches(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
+        tensor([[-1.,  1.]])
+    """
     mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
     return (_wide(pixels) - mean) / deviation
 
@@ -299,7 +438,21 @@ def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e
 def patch_moments(
     pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + eps) of each patch ``[M, Q]``, ``[M, 1]`` each."""
+    """Mean and sqrt(variance + eps) of each patch.
+
+    Args:
+        pixels: ``[M, Q]``.
+        unbiased: divide the variance by Q - 1 instead of Q.
+        eps: added to the variance.
+
+    Returns:
+        ``[M, 1]`` each, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import patch_moments
+        >>> patch_moments(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
+        (tensor([[2.]]), tensor([[1.]]))
+    """
     pixels = _wide(pixels)
     mean = pixels.mean(-1, keepdim=True)
     # Not torch.var_mean, which warns where there are no patches.
@@ -325,8 +478,17 @@ def load_balance_loss(
         normalise: divide a token's scores by their sum, where they are sigmoids (DeepSeek-V3,
             arXiv 2412.19437, equations 17 to 20).
 
+    Returns:
+        0-dim, fp32.
+
     Raises:
         ValueError: for another ``choices``, or a routing without probabilities.
+
+    Examples:
+        >>> from encfast.losses import load_balance_loss
+        >>> routing = ops.route_tokens(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), 1)
+        >>> load_balance_loss(routing).round(decimals=2)
+        tensor(1.)
     """
     if choices not in ("first", "all"):
         raise ValueError(f"choices must be 'first' or 'all', got {choices!r}")
@@ -351,6 +513,14 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         logits: ``[N, E]``.
         mask: bool ``[N]``, False where a row is no token.
+
+    Returns:
+        0-dim, fp32 or wider.
+
+    Examples:
+        >>> from encfast.losses import router_z_loss
+        >>> router_z_loss(torch.tensor([[0.0, 0.0]])).sqrt().exp().round()
+        tensor(2.)
     """
     logits = _wide(logits)
     if mask is None:

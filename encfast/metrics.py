@@ -7,13 +7,40 @@ from torch import Tensor
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of equal entries of two ``[M]``."""
+    """Share of equal entries.
+
+    Args:
+        predicted: ``[M]``.
+        labels: ``[M]``.
+
+    Returns:
+        In 0..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
+
+    Examples:
+        >>> from encfast.metrics import accuracy
+        >>> accuracy(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 0, 1]))
+        0.75
+    """
     _check(predicted, labels)
     return (predicted == labels).double().mean().item()
 
 
 def f1(predicted: Tensor, labels: Tensor) -> float:
-    """F1 of class 1 among 0 and 1; 0 if it is neither predicted nor present."""
+    """F1 of class 1 among 0 and 1; 0 if it is neither predicted nor present.
+
+    Args:
+        predicted: ``[M]``.
+        labels: ``[M]``.
+
+    Returns:
+        In 0..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
+    """
     _check(predicted, labels)
     hits = ((predicted == 1) & (labels == 1)).sum().item()
     count = (predicted == 1).sum().item() + (labels == 1).sum().item()
@@ -21,9 +48,19 @@ def f1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def matthews(predicted: Tensor, labels: Tensor) -> float:
-    """Matthews correlation coefficient of two ``[M]`` of class ids; 0 if one side is constant.
+    """Matthews correlation coefficient of class ids; 0 if one side is constant.
 
     Source: Gorodkin 2004, which extends Matthews 1975 to more than two classes.
+
+    Args:
+        predicted: ``[M]``.
+        labels: ``[M]``.
+
+    Returns:
+        In -1..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
     """
     _check(predicted, labels)
     classes = int(max(predicted.max(), labels.max())) + 1
@@ -36,7 +73,18 @@ def matthews(predicted: Tensor, labels: Tensor) -> float:
 
 
 def pearson(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson correlation of two ``[M]``; 0 if one side is constant."""
+    """Pearson correlation; 0 if one side is constant.
+
+    Args:
+        predicted: ``[M]``.
+        labels: ``[M]``.
+
+    Returns:
+        In -1..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
+    """
     _check(predicted, labels)
     x, y = (v.double() - v.double().mean() for v in (predicted, labels))
     spread = x.norm() * y.norm()
@@ -44,7 +92,18 @@ def pearson(predicted: Tensor, labels: Tensor) -> float:
 
 
 def spearman(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson correlation of the ranks; equal values share the mean of their ranks."""
+    """Pearson correlation of the ranks; equal values share the mean of their ranks.
+
+    Args:
+        predicted: ``[M]``.
+        labels: ``[M]``.
+
+    Returns:
+        In -1..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
+    """
     _check(predicted, labels)
     return pearson(_ranks(predicted), _ranks(labels))
 
@@ -55,6 +114,12 @@ def mean_reciprocal_rank(scores: Tensor, relevant: Tensor) -> float:
     Args:
         scores: ``[Q, D]`` of every query and candidate.
         relevant: int64 ``[Q]`` in [0, D).
+
+    Returns:
+        In 0..1.
+
+    Raises:
+        ValueError: for numbers of queries that differ, or none.
     """
     _check(scores[:, 0], relevant)
     own = scores.gather(1, relevant[:, None])
@@ -62,16 +127,37 @@ def mean_reciprocal_rank(scores: Tensor, relevant: Tensor) -> float:
 
 
 def exact_match(start: Tensor, end: Tensor, starts: Tensor, ends: Tensor) -> float:
-    """Share of spans with both borders right; all ``[M]``, -1 and -1 for "no answer"."""
+    """Share of spans with both borders right.
+
+    Args:
+        start, end: ``[M]``, the predicted borders, inclusive; -1 and -1 for "no answer".
+        starts, ends: ``[M]``, the true ones.
+
+    Returns:
+        In 0..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
+    """
     _check(start, starts)
     _check(end, ends)
     return ((start == starts) & (end == ends)).double().mean().item()
 
 
 def span_f1(start: Tensor, end: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """``[M]``: F1 of the tokens of predicted and true span, borders inclusive.
+    """F1 of the tokens of predicted and true span, borders inclusive.
 
     "No answer" is -1 and -1: right if both say so, else 0.
+
+    Args:
+        start, end: ``[M]``, the predicted borders.
+        starts, ends: ``[M]``, the true ones.
+
+    Returns:
+        ``[M]``, in 0..1.
+
+    Raises:
+        ValueError: for shapes that differ or are empty.
     """
     _check(start, starts)
     _check(end, ends)

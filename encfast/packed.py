@@ -36,6 +36,18 @@ class PackedBatch:
         indices: int64 ``[N]`` or None: place of each row in the flattened ``[B * S]`` grid it
             came from.
         padded_shape: ``(B, S)`` of that grid, or None.
+
+    Examples:
+        >>> batch = PackedBatch.from_list([torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
+        >>> batch
+        PackedBatch(2 sequences, data=(5,) torch.int64 on cpu, max_seqlen=3)
+        >>> batch.cu_seqlens
+        tensor([0, 3, 5], dtype=torch.int32)
+        >>> batch.positions()
+        tensor([0, 1, 2, 0, 1])
+        >>> batch.to_padded()
+        tensor([[5, 6, 7],
+                [8, 9, 0]])
     """
 
     data: Tensor
@@ -243,6 +255,9 @@ class PackedBatch:
 
         Args:
             fill: value of the rows that are no part of a sequence; 0 by default.
+
+        Returns:
+            ``[B, S, ...]`` in the dtype of ``data``.
         """
         if self.indices is None or self.padded_shape is None:
             shape = (self.batch_size, self.max_seqlen)

@@ -38,6 +38,9 @@ class RowPlan:
             fill: ``[C]``: the class token or the mask token; None: zeros.
             positions: ``[A, C]`` or None.
 
+        Returns:
+            Rows ``[n', C]`` in the plan's geometry.
+
         Raises:
             TypeError, ValueError: as :func:`encfast.ops.restore_rows`.
         """
@@ -133,7 +136,7 @@ class PatchMask:
     def all_visible(
         cls, batch: int, patches: int, *, device: torch.device | str | None = None
     ) -> PatchMask:
-        """Nothing is hidden: ``batch`` sequences of ``patches`` patches; traces."""
+        """Nothing is hidden: ``batch`` sequences of ``patches`` patches, on ``device``; traces."""
         rows = torch.arange(batch * patches, device=device)
         ends = torch.arange(batch + 1, dtype=torch.int32, device=device) * patches
         return cls(rows, rows[:0], rows, ends, ends, patches, patches, 0)
@@ -184,11 +187,11 @@ class PatchMask:
         return ids - self.cu_seqlens[self._owners(ids, self.cu_seqlens)]
 
     def visible_batch(self, rows: Tensor) -> PackedBatch:
-        """One row ``[K, ...]`` per visible patch, as a batch."""
+        """``rows`` ``[K, ...]``, one per visible patch, as a batch."""
         return PackedBatch(rows, self.cu_visible, self.max_visible)
 
     def hidden_batch(self, rows: Tensor) -> PackedBatch:
-        """One row ``[N - K, ...]`` per hidden patch, as a batch."""
+        """``rows`` ``[N - K, ...]``, one per hidden patch, as a batch."""
         return PackedBatch(rows, self.cu_hidden, self.max_hidden)
 
     def visible_rows(self) -> Tensor:
@@ -215,6 +218,9 @@ class PatchMask:
             class_token: whether there is one; row 0 of the position table is its.
             own_positions: each sequence has a position table of its own, one after another (images
                 of different sizes); otherwise they share one.
+
+        Returns:
+            B sequences of (1 +) visible patches.
         """
         k = self.visible.shape[0]
         source = torch.arange(k, device=self.visible.device)
@@ -234,6 +240,9 @@ class PatchMask:
 
         Args:
             class_token, own_positions: as in :meth:`visible_plan`.
+
+        Returns:
+            B sequences of (1 +) all patches.
         """
         ids = torch.arange(self.total, device=self.restore.device)
         owner = self._owners(ids, self.cu_seqlens)
@@ -297,7 +306,7 @@ class PatchMask:
         return torch.searchsorted(cu_seqlens[1:], rows.int(), right=True)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PatchMask:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v

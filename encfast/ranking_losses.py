@@ -23,8 +23,17 @@ def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
         teacher: ``[B, K]``.
         temperature: T, a positive finite number.
 
+    Returns:
+        0-dim, fp32 or wider: the mean over the queries.
+
     Raises:
         ValueError: for shapes that differ or are empty, or another temperature.
+
+    Examples:
+        >>> from encfast.ranking_losses import logit_kl
+        >>> teacher = torch.tensor([[3.0, 2.0, 1.0]])
+        >>> logit_kl(teacher + 5, teacher).abs() < 1e-6
+        tensor(True)
     """
     student, teacher = _pair(student, teacher)
     _check_temperature(temperature)
@@ -42,8 +51,17 @@ def list_net(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> T
         teacher: ``[B, K]``.
         temperature: of the teacher's softmax, a positive finite number.
 
+    Returns:
+        0-dim, fp32 or wider: the mean over the queries.
+
     Raises:
         ValueError: as :func:`logit_kl`.
+
+    Examples:
+        >>> from encfast.ranking_losses import list_net
+        >>> teacher = torch.tensor([[3.0, 2.0, 1.0]])
+        >>> list_net(teacher, teacher) < list_net(-teacher, teacher)
+        tensor(True)
     """
     student, teacher = _pair(student, teacher)
     _check_temperature(temperature)
@@ -60,8 +78,17 @@ def list_mle(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``[B, K]``.
         teacher: ``[B, K]``; of ties the first candidate is ranked first.
 
+    Returns:
+        0-dim, fp32 or wider: the mean over the queries.
+
     Raises:
         ValueError: as :func:`logit_kl`.
+
+    Examples:
+        >>> from encfast.ranking_losses import list_mle
+        >>> teacher = torch.tensor([[3.0, 2.0, 1.0]])
+        >>> list_mle(9 * teacher, teacher) < list_mle(-9 * teacher, teacher)
+        tensor(True)
     """
     student, teacher = _pair(student, teacher)
     x = student.gather(1, teacher.argsort(dim=1, descending=True, stable=True))
@@ -80,8 +107,16 @@ def margin_mse(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``[B, K]``.
         teacher: ``[B, K]``.
 
+    Returns:
+        0-dim, fp32 or wider: the mean over queries and pairs.
+
     Raises:
         ValueError: as :func:`logit_kl`.
+
+    Examples:
+        >>> from encfast.ranking_losses import margin_mse
+        >>> margin_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]]))
+        tensor(4.)
     """
     student, teacher = _pair(student, teacher)
     difference = student - teacher

@@ -89,6 +89,15 @@ def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     Args:
         pattern: matched against the whole name and against the system alone (``"*mae*"``).
         task: keep only systems that list this task.
+
+    Returns:
+        ``system/variant`` each.
+
+    Examples:
+        >>> encfast.list_models("mae/*")
+        ['mae/base', 'mae/huge', 'mae/large', 'mae/tiny']
+        >>> "ettin/tiny" in encfast.list_models(task="masked-lm")
+        True
     """
     names = []
     for system in _all_systems().values():
@@ -116,9 +125,21 @@ def create(
         dtype: of its parameters.
         **overrides: fields of its config to replace.
 
+    Returns:
+        The model, an instance of :class:`encfast.layers.base.Model`, in training mode.
+
     Raises:
         KeyError: for an unknown system or variant, naming the nearest.
         TypeError: for an unknown config field, naming the nearest.
+
+    Examples:
+        >>> model = encfast.create("mosaicbert/tiny", vocab_size=500)
+        >>> model.config.vocab_size
+        500
+        >>> encfast.create("mosaicbert/tiny", vocab_sise=500)
+        Traceback (most recent call last):
+            ...
+        TypeError: MosaicBertConfig has no field 'vocab_sise'; did you mean 'vocab_size'?
     """
     system, variant = _resolve(name)
     config = replace_fields(system.variants[variant], overrides)

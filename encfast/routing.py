@@ -60,7 +60,7 @@ class Routing:
         return (self.slots < 0) & (self.expert_ids >= 0)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Routing:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def detach(self) -> Routing:

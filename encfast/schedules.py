@@ -17,8 +17,16 @@ def linear_schedule(now: float, warmup: float, total: float, *, final: float = 0
         total: duration of everything.
         final: factor at ``total``.
 
+    Returns:
+        The factor of the learning rate.
+
     Raises:
         ValueError: if the rise does not fit into the whole.
+
+    Examples:
+        >>> from encfast.schedules import linear_schedule
+        >>> [linear_schedule(step, 2, 6) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if not 0 <= warmup < total:
         raise ValueError(f"warmup must be in [0, total), got {warmup} of {total}")
@@ -37,8 +45,16 @@ def wsd_schedule(
         decay: duration of the fall; 0: none.
         final: factor at ``total``, if there is a fall.
 
+    Returns:
+        The factor of the learning rate.
+
     Raises:
         ValueError: if the three durations do not fit into each other.
+
+    Examples:
+        >>> from encfast.schedules import wsd_schedule
+        >>> [wsd_schedule(step, 2, 6, 2) for step in range(7)]
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
     """
     if min(warmup, decay) < 0 or warmup + decay > total:
         raise ValueError(
@@ -63,8 +79,16 @@ def cosine_schedule(now: float, warmup: float, total: float, *, final: float = 0
         total: duration of everything.
         final: factor at ``total``.
 
+    Returns:
+        The factor of the learning rate.
+
     Raises:
         ValueError: if the rise does not fit into the whole.
+
+    Examples:
+        >>> from encfast.schedules import cosine_schedule
+        >>> [round(cosine_schedule(step, 2, 6), 3) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
     if not 0 <= warmup < total:
         raise ValueError(f"warmup must be in [0, total), got {warmup} of {total}")
@@ -81,6 +105,9 @@ def one_minus_sqrt(now: float, total: float, *, final: float = 0.0) -> float:
         now: progress, >= 0; past ``total`` the factor stays at ``final``.
         total: duration, > 0.
         final: factor at ``total``.
+
+    Returns:
+        The factor of the learning rate.
 
     Raises:
         ValueError: if ``total`` is not positive.

@@ -56,7 +56,7 @@ class Tied:
 
 
 def both(ours: str, *theirs: str) -> list[Tied]:
-    """Weight and bias of one layer; of several of theirs, a fused one."""
+    """Weight and bias of the layer called ``ours``; of several of ``theirs``, a fused one."""
     return [
         Tied(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
         for kind in ("weight", "bias")
@@ -64,17 +64,25 @@ def both(ours: str, *theirs: str) -> list[Tied]:
 
 
 def tied_token(ours: str, theirs: str, dim: int) -> Tied:
-    """A class or mask token: ``[dim]`` here, ``[1, 1, dim]`` elsewhere."""
+    """A class or mask token: ``ours`` ``[dim]``, ``theirs`` ``[1, 1, dim]``."""
     return Tied(ours, (theirs,), shapes=((dim,), (1, 1, dim)))
 
 
 def tied_table(ours: str, theirs: str, rows: int, dim: int) -> Tied:
-    """A table of positions: ``[rows, dim]`` here, ``[1, rows, dim]`` elsewhere."""
+    """A table of positions: ``ours`` ``[rows, dim]``, ``theirs`` ``[1, rows, dim]``."""
     return Tied(ours, (theirs,), shapes=((rows, dim), (1, rows, dim)))
 
 
 def vit_block(ours: str, theirs: str) -> list[Tied]:
-    """A pre-norm :class:`~encfast.layers.Block`, as transformers names the parts of a ViT's."""
+    """A pre-norm :class:`~encfast.layers.Block`, as transformers names the parts of a ViT's.
+
+    Args:
+        ours: the block's prefix here.
+        theirs: its prefix there.
+
+    Returns:
+        An entry for each of its parameters.
+    """
     return [
         *both(f"{ours}.norm1", f"{theirs}.layernorm_before"),
         *both(f"{ours}.attn.qkv", *(f"{theirs}.attention.{x}_proj" for x in "qkv")),
@@ -112,7 +120,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def write_folder(
     folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Writes ``config.json`` and ``model.safetensors``."""
+    """Writes ``config`` and ``tensors`` to config.json and model.safetensors in ``folder``."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -177,7 +185,7 @@ def load(
 
 
 def export(model: nn.Module, entries: Sequence[Tied]) -> dict[str, Tensor]:
-    """The model's tensors under another library's names."""
+    """The model's tensors under another library's names, those of ``entries``."""
     state = model.state_dict()
     theirs: dict[str, Tensor] = {}
     for entry in entries:

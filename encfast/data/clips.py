@@ -37,7 +37,7 @@ class ClipBatch:
         return cls(PackedBatch.from_lengths(frames, lengths), labels)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClipBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=non_blocking)

@@ -16,6 +16,16 @@ class PackedCollator:
     Args:
         key: where a mapping keeps its ids.
         max_length: ids beyond it are cut off; None keeps all.
+
+    Raises:
+        ValueError: for a ``max_length`` below 1.
+
+    Examples:
+        >>> from encfast.data import PackedCollator
+        >>> PackedCollator(max_length=3)([[5, 6, 7, 8], [9]])
+        PackedBatch(2 sequences, data=(4,) torch.int64 on cpu, max_seqlen=3)
+        >>> PackedCollator()([{"input_ids": [5, 6]}, {"input_ids": []}]).lengths()
+        tensor([2, 0], dtype=torch.int32)
     """
 
     def __init__(self, *, key: str = "input_ids", max_length: int | None = None) -> None:

@@ -22,7 +22,7 @@ class ImageBatch:
     labels: Tensor | None = None  # int64 [B], or [B, *size] of each pixel; -100 for none
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=non_blocking)
@@ -53,6 +53,9 @@ def smooth_images(
         channels: C.
         size: pixels along each of 1 to 3 axes.
         generator, device: of the noise.
+
+    Returns:
+        fp32 ``[B, C, *size]``.
     """
     coarse = [max(2, -(-n // 4)) for n in size]
     noise = torch.randn(max(batch, 1), channels, *coarse, generator=generator, device=device)

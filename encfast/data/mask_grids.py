@@ -25,7 +25,7 @@ _WORD = 2**64 - 1
 
 
 class SplitMix64:
-    """The numbers of csrc/host/masks.cpp in Python."""
+    """The numbers of csrc/host/masks.cpp in Python, from a 64-bit `seed`."""
 
     def __init__(self, seed: int) -> None:
         self.state = seed
@@ -171,28 +171,28 @@ def keep_count(patches: int, mask_ratio: float) -> int:
 
 
 def check_keep(keep: int, patches: int) -> int:
-    """`keep` as an int in `1..patches`, or an error."""
+    """`keep` as an int; TypeError or ValueError unless it is in `1..patches`."""
     if check_positive("keep", keep) > patches:
         raise ValueError(f"keep={keep}: expected between 1 and {patches}, the patches")
     return int(keep)
 
 
 def check_hide(hide: int, groups: int) -> int:
-    """`hide` as an int in `1..groups`, or an error."""
+    """`hide` as an int; TypeError or ValueError unless it is in `1..groups`."""
     if check_positive("hide", hide) > groups:
         raise ValueError(f"hide={hide}: expected between 1 and {groups}, the groups")
     return int(hide)
 
 
 def check_grid(grid: Sequence[int], axes: int) -> tuple[int, ...]:
-    """`grid` as so many positive ints, or an error."""
+    """`grid` as so many positive ints as `axes` says; TypeError or ValueError otherwise."""
     if len(grid) != axes:
         raise ValueError(f"grid={tuple(grid)}: expected {axes} axes")
     return tuple(check_positive("grid", n) for n in grid)
 
 
 def check_groups(groups: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], int]:
-    """`groups` as int64 `[P]` and their number, or an error."""
+    """`groups` as int64 `[P]` and their number; TypeError or ValueError for empty or other ones."""
     array = np.asarray(groups)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"groups has shape {array.shape}, expected [P], the group of each patch")

@@ -46,8 +46,21 @@ def mask_tokens(
         special_ids: ids never chosen ([CLS], [SEP], ...).
         generator: of all random numbers.
 
+    Returns:
+        The tokens with their chosen rows replaced, those rows, and the ids that stood there.
+
     Raises:
         ValueError: for a probability or share outside of its range, or an id outside of [0, V).
+
+    Examples:
+        >>> from encfast.data import mask_tokens
+        >>> tokens = PackedBatch.from_list([torch.arange(10, 20), torch.arange(30, 35)])
+        >>> always = {"mask_share": 1.0, "random_share": 0.0}
+        >>> masked = mask_tokens(tokens, vocab_size=50, mask_id=4, prob=0.3, **always)
+        >>> bool((masked.tokens.data[masked.rows] == 4).all())
+        True
+        >>> torch.equal(masked.targets, tokens.data[masked.rows])
+        True
     """
     check_masking(vocab_size, mask_id, prob, mask_share, random_share, special_ids)
     ids = tokens.data

@@ -45,6 +45,11 @@ def pack_ffd(lengths: Lengths, capacity: int) -> list[IntArray]:
     Raises:
         TypeError: if `lengths` or `capacity` are not integers.
         ValueError: if `lengths` is not one-dimensional, or a length is negative or over `capacity`.
+
+    Examples:
+        >>> from encfast.data import pack_ffd
+        >>> [numbers.tolist() for numbers in pack_ffd([50, 80, 20, 30, 10], capacity=100)]
+        [[1, 2], [0, 3, 4]]
     """
     capacity = check_positive("capacity", capacity)
     checked = check_lengths(lengths, capacity, "capacity")
@@ -80,6 +85,11 @@ def bucket_by_length(
     Raises:
         TypeError: if an argument that counts is not an integer.
         ValueError: if `lengths` is not one-dimensional, or a value is out of its range.
+
+    Examples:
+        >>> from encfast.data import bucket_by_length
+        >>> [batch.tolist() for batch in bucket_by_length([5, 20, 6, 19, 4], max_tokens=40)]
+        [[4, 0, 2], [3, 1]]
     """
     max_tokens = check_positive("max_tokens", max_tokens)
     if not 0 <= max_padding <= 1:
@@ -94,7 +104,10 @@ def bucket_by_length(
 
 
 def check_lengths(lengths: Lengths, most: int, most_name: str) -> IntArray:
-    """`lengths` as int64 `[n]`; TypeError or ValueError unless they are integers in `0..most`."""
+    """`lengths` as int64 `[n]`; TypeError or ValueError unless they are integers in `0..most`.
+
+    The error calls that bound `most_name`.
+    """
     array = np.asarray(lengths)
     if array.ndim != 1:
         raise ValueError(f"lengths has shape {array.shape}, expected one dimension")
@@ -108,7 +121,7 @@ def check_lengths(lengths: Lengths, most: int, most_name: str) -> IntArray:
 
 
 def check_positive(name: str, value: int) -> int:
-    """`value` as an int; TypeError or ValueError unless it is an integer in `1..2**31 - 1`."""
+    """`value` as an int; TypeError or ValueError, naming `name`, unless it is in `1..2**31 - 1`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}={value!r} is {type(value).__name__}, expected an integer")
     if not 1 <= value <= _MOST:

@@ -32,8 +32,17 @@ def random_mask(
         generator: of the noise, on ``device``.
         device: of the mask; by default the generator's.
 
+    Returns:
+        What is visible of ``batch`` sequences of P patches, P the product of ``grid``.
+
     Raises:
         TypeError, ValueError: if a number is no integer, or out of its range.
+
+    Examples:
+        >>> from encfast.data import random_mask
+        >>> mask = random_mask(2, (4, 4), keep=3)
+        >>> mask.visible.shape, mask.hidden.shape
+        (torch.Size([6]), torch.Size([26]))
     """
     patches = math.prod(check_grid(grid, len(grid)))
     noise = _noise(batch, patches, generator, device)
@@ -55,6 +64,9 @@ def tube_mask(
         grid: (T, H, W) patches; time is the slowest axis.
         keep: visible patches of each frame, in 1..H * W.
         generator, device: as in :func:`random_mask`.
+
+    Returns:
+        What is visible of ``batch`` clips; all frames of a clip show the same places.
 
     Raises:
         TypeError, ValueError: as :func:`random_mask`; for a grid of other than three axes.

@@ -121,6 +121,17 @@ class TokenBudgetSampler(_BatchSampler):
     Raises:
         TypeError: if `lengths`, `max_tokens`, `rank` or `world_size` are not integers.
         ValueError: if `lengths` is not one-dimensional, or a value is out of its range.
+
+    Examples:
+        >>> from encfast.data import TokenBudgetSampler
+        >>> sampler = TokenBudgetSampler([5, 20, 6, 19, 4], max_tokens=30, shuffle=False)
+        >>> list(sampler)
+        [[0, 1], [2, 3, 4]]
+        >>> batches = iter(sampler)
+        >>> next(batches)
+        [0, 1]
+        >>> sampler.state_dict()
+        {'seed': 0, 'epoch': 0, 'given': 1}
     """
 
     def __init__(
@@ -166,6 +177,11 @@ class LengthBucketSampler(_BatchSampler):
 
     Raises:
         TypeError, ValueError: as :class:`TokenBudgetSampler` and `bucket_by_length` do.
+
+    Examples:
+        >>> from encfast.data import LengthBucketSampler
+        >>> list(LengthBucketSampler([5, 20, 6, 19, 4], max_tokens=40, shuffle=False))
+        [[4, 0, 2], [3, 1]]
     """
 
     def __init__(

@@ -26,7 +26,12 @@ class TextBatch:
 
     @classmethod
     def from_masked(cls, masked: MaskedTokens, segments: Tensor | None = None) -> TextBatch:
-        """What :func:`encfast.data.masking.mask_tokens` made, to be predicted."""
+        """A batch to be predicted, of what :func:`encfast.data.masking.mask_tokens` made.
+
+        Args:
+            masked: its tokens, rows and targets.
+            segments: int64 ``[N]``, of the tokens.
+        """
         return cls(masked.tokens, segments, masked.rows, masked.targets)
 
     @classmethod
@@ -59,7 +64,7 @@ class TextBatch:
         return cls(tokens, segments, rows, targets[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=non_blocking)

@@ -37,6 +37,9 @@ def mask_words(
         mask_share, random_share: of the chosen; see :func:`encfast.data.masking.mask_tokens`.
         generator: of all random numbers.
 
+    Returns:
+        The tokens with their chosen rows replaced, those rows, and the ids that stood there.
+
     Raises:
         ValueError: as :func:`encfast.data.masking.mask_tokens`, or for word ids that do not fit.
     """
@@ -93,7 +96,17 @@ def visible_pairs(
 def draw_words(
     word_ids: Tensor, prob: float, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """bool ``[count, L]``: independent choices of whole words of one sequence, see above."""
+    """bool ``[count, L]``: independent choices of whole words of one sequence.
+
+    Args:
+        word_ids: int64 ``[L]``, as in :func:`mask_words`.
+        prob: share of the tokens that is chosen, in [0, 1].
+        count: number of choices.
+        generator: of the order in which words are taken.
+
+    Returns:
+        True where a token is chosen.
+    """
     words, place, sizes = word_ids[word_ids >= 0].unique(return_inverse=True, return_counts=True)
     budget = max(1, round(prob * len(place))) if prob > 0 else 0
     order = torch.rand((count, len(words)), generator=generator).argsort(1)

@@ -43,6 +43,9 @@ def span_windows(
         stride: tokens from the start of one window's piece to the next one's.
         max_question: most tokens of the question.
 
+    Returns:
+        The windows, in the order of their pieces.
+
     Raises:
         ValueError: if ``stride`` is less than 1 or no room is left for the passage.
     """

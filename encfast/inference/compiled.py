@@ -155,6 +155,9 @@ class CompiledEncoder:
                 does. All but the mean compute one row per sequence of the last block.
             normalize: whether embeddings get length 1.
 
+        Returns:
+            fp32 ``[B, C]``.
+
         Raises:
             TypeError, ValueError, IndexError: as in a call; for another ``how``.
         """
@@ -293,6 +296,14 @@ def compile_encoder(
     Raises:
         NotImplementedError: for a model or one of its modules that is not served, naming it.
         TypeError, ValueError: for another dtype or an unknown linear layer.
+
+    Examples:
+        >>> from encfast.inference import compile_encoder
+        >>> model = encfast.create("bert_family/tiny").eval()
+        >>> fast = compile_encoder(model, dtype=torch.float32)
+        >>> tokens = PackedBatch.from_list([torch.tensor([5, 6, 7]), torch.tensor([8, 9])])
+        >>> torch.allclose(fast.encode(tokens), model.encode(tokens), atol=1e-5)
+        True
     """
     if dtype not in FORMATS:
         raise TypeError(

@@ -62,7 +62,15 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def forward(self, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Rows ``[M, C]`` and int32 ``[E + 1]`` -> ``[M, C]``, 0 beyond the last group."""
+        """Rows ``[M, C]`` -> ``[M, C]``, 0 beyond the last group.
+
+        Args:
+            rows: in the order of their experts.
+            cu_seqlens: int32 ``[E + 1]``: expert e owns rows ``cu_seqlens[e] : cu_seqlens[e + 1]``.
+
+        Returns:
+            ``[M, C]`` in the dtype of ``rows``.
+        """
         out = torch.zeros_like(rows)
         for (begin, end), up, down in zip(
             pairwise(cu_seqlens.tolist()), self._up, self._down, strict=True

@@ -119,7 +119,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Takes :func:`accelerate` back; the model is what it was, its weights are what they are."""
+    """Takes :func:`accelerate` back and returns ``model``, as it was, with the weights it has."""
     for top in [m for m in model.modules() if _ATTRIBUTE in m.__dict__]:
         undo: _Undo = top.__dict__.pop(_ATTRIBUTE)
         for handle in undo.handles:

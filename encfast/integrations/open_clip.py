@@ -35,6 +35,12 @@ class ClipLoss(nn.Module):
 
     Raises:
         NotImplementedError: with ``use_horovod``.
+
+    Examples:
+        >>> from encfast.integrations.open_clip import ClipLoss
+        >>> images = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+        >>> ClipLoss()(images, images, torch.tensor(100.0)) < 0.1
+        tensor(True)
     """
 
     def __init__(
@@ -70,6 +76,9 @@ class ClipLoss(nn.Module):
             logit_scale: 0-dim, not its logarithm.
             logit_bias: 0-dim; a softmax does not see it.
             output_dict: as ``{"contrastive_loss": loss}``.
+
+        Returns:
+            0-dim, float32, or the dictionary.
         """
         if self.world_size == 1:
             loss = ops.info_nce(image_features, text_features, logit_scale=logit_scale)
@@ -109,6 +118,12 @@ class SigLipLoss(nn.Module):
 
     Raises:
         ValueError: for another ``dist_impl``.
+
+    Examples:
+        >>> from encfast.integrations.open_clip import SigLipLoss
+        >>> images = torch.eye(4)
+        >>> SigLipLoss()(images, images, torch.tensor(20.0), torch.tensor(-10.0)) < 0.01
+        tensor(True)
     """
 
     def __init__(
@@ -140,6 +155,9 @@ class SigLipLoss(nn.Module):
             logit_scale: 0-dim, not its logarithm.
             logit_bias: 0-dim.
             output_dict: as ``{"contrastive_loss": loss}``.
+
+        Returns:
+            0-dim, float32, or the dictionary.
         """
         a, b, ring = image_features, text_features, self.dist_impl != "gather"
         if self.world_size > 1 and ring:

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 from encfast.integrations import transformers as hook
 
+__all__ = ["MultipleNegativesRankingLoss", "enable"]  # noqa: F822, the first by __getattr__
+
 CHECKED_WITH = "6.2"
 _OLDEST, _NEXT_MAJOR = (6, 2), (7, 0)
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

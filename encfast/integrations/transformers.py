@@ -48,6 +48,15 @@ def register() -> None:
     Raises:
         ImportError: if transformers is missing or of a version that encfast does not know.
         RuntimeError: if it calls attention or passes experts in another way; nothing is registered.
+
+    Examples:
+        >>> from encfast.integrations import transformers as hook
+        >>> from transformers import BertConfig, BertModel
+        >>> hook.register()
+        >>> sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+        >>> model = BertModel(BertConfig(vocab_size=99, **sizes, attn_implementation="encfast"))
+        >>> model(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
+        torch.Size([1, 3, 32])
     """
     interface = experts.interface().ExpertsInterface
     experts.self_test()

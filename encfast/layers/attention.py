@@ -18,10 +18,10 @@ from encfast.packed import PackedBatch
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """fp32 ``[H]``: ALiBi's slope per head (Press et al. 2022, arXiv 2108.12409, section 3).
+    """fp32 ``[H]``: ALiBi's slope for each of ``num_heads`` (Press et al. 2022, arXiv 2108.12409).
 
-    A power of two H takes the geometric sequence 2^(-8(k+1)/H); any other H takes that of the
-    largest power of two c below it, then every second slope of the sequence for 2c.
+    Section 3: a power of two H takes the geometric sequence 2^(-8(k+1)/H); any other H takes that
+    of the largest power of two c below it, then every second slope of the sequence for 2c.
     """
     c = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (k + 1) / c) for k in range(c)]
@@ -44,7 +44,7 @@ class QVBiasLinear(nn.Linear):
         self.v_bias = nn.Parameter(torch.zeros(sizes[2], **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C]`` -> ``[N, sum(sizes)]``."""
+        """x ``[N, C]`` -> ``[N, sum(sizes)]``."""
         bias = torch.cat((self.q_bias, self.q_bias.new_zeros(self.k_size), self.v_bias))
         return F.linear(x, self.weight, bias)
 
@@ -101,7 +101,7 @@ class Attention(nn.Module):
                 self.slopes.copy_(alibi_slopes(self.num_heads))
 
     def rotated(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """q ``[N, H, D]`` and k ``[N, Hk, D]`` at their positions."""
+        """q ``[N, H, D]`` and k ``[N, Hk, D]`` turned by ``rope``, cos and sin ``[N, D / 2]``."""
         return ops.rotary_qk(q, k, *rope)
 
     def heads(
@@ -118,6 +118,9 @@ class Attention(nn.Module):
             rope: cos and sin ``[N, D / 2]`` to rotate q and k with: what :meth:`rotated` takes.
             cache: keys and values of earlier tokens; the new ones are added to it.
             rel_bias: ``[H, R]`` or ``[N, H, R]``, added to the scores by relative position.
+
+        Returns:
+            ``[N, H * D]``.
         """
         qkv = self.qkv(batch.data).unflatten(-1, (-1, self.head_dim))  # [N, H + 2 Hk, D]
         q, k, v = qkv.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
@@ -154,7 +157,17 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         rel_bias: Tensor | None = None,
     ) -> Tensor:
-        """Rows ``[N, C]`` of ``batch`` -> ``[N, C]``."""
+        """Rows ``[N, C]`` of ``batch`` -> ``[N, C]``.
+
+        Args:
+            batch: rows and geometry.
+            rope: cos and sin of each row's angles, ``[N, D / 2]``, from :class:`Rotary`.
+            cache: keys and values of earlier rows, to which these are appended.
+            rel_bias: ``[H, R]`` or ``[N, H, R]``, see :func:`encfast.ops.varlen_attn`.
+
+        Returns:
+            ``[N, C]``: what the residual stream gets.
+        """
         return self.out(self.heads(batch, rope, cache, rel_bias))
 
 

@@ -22,7 +22,11 @@ class Model(nn.Module):
     config: Any
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recomputes each block's activations in the backward instead of keeping them."""
+        """Recomputes each block's activations in the backward instead of keeping them.
+
+        Args:
+            gradient_checkpointing_kwargs: taken for transformers' Trainer, without effect.
+        """
         self._set_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -36,14 +40,22 @@ class Model(nn.Module):
                 module.gradient_checkpointing = on
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew."""
+        """Draws all parameters anew; a model that lacks it raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} does not define reset_parameters")
 
     def tie_weights(self) -> None:
         """Makes one parameter of those that are shared; nothing to do where none are."""
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Model:
-        """``nn.Module.to_empty``, which splits shared parameters, and shares them again."""
+        """``nn.Module.to_empty``, which splits shared parameters, and shares them again.
+
+        Args:
+            device: of the new storage, whose values are not set.
+            recurse: its children's too.
+
+        Returns:
+            The model.
+        """
         super().to_empty(device=device, recurse=recurse)
         self.tie_weights()
         return self
@@ -56,14 +68,17 @@ class Model(nn.Module):
 def init_normal(module: nn.Module, std: float) -> None:
     """BERT's initialisation: Linear and Embedding weights from N(0, std), biases 0.
 
-    Modules other than Linear and Embedding that hold parameters or buffers reset themselves. A
-    shared weight is drawn once.
+    Children of ``module`` other than Linear and Embedding that hold parameters or buffers reset
+    themselves. A shared weight is drawn once.
     """
     _init(module, functools.partial(nn.init.normal_, std=std))
 
 
 def init_xavier(module: nn.Module) -> None:
-    """MAE's initialisation: Linear weights uniform after Glorot and Bengio, biases 0; see above."""
+    """MAE's initialisation: Linear weights uniform after Glorot and Bengio, biases 0.
+
+    ``module`` and its children as in :func:`init_normal`.
+    """
     _init(module, nn.init.xavier_uniform_)
 
 

@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
             nn.init.zeros_(zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., C]`` -> ``[..., C]``; all dimensions but the last are rows.
+        """x ``[..., C]`` -> ``[..., C]``; all dimensions but the last are rows.
 
         Raises:
             ValueError: while training, for a single row, which has no variance.
@@ -85,6 +85,9 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
     Args:
         module: may hold :class:`BatchNorm` layers; not in use by another thread.
         *args: tensors and whatever else ``module`` takes.
+
+    Returns:
+        What ``module`` returns.
     """
     if torch.compiler.is_compiling():  # writes to buffers happen once at the end of the graph
         return checkpoint(module, *args, use_reentrant=False)

@@ -84,7 +84,16 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
     ) -> PackedBatch:
-        """Rows ``[N, C]`` -> rows ``[N, C]``."""
+        """Rows ``[N, C]`` -> rows ``[N, C]``.
+
+        Args:
+            batch: rows and geometry.
+            rope: cos and sin ``[N, D / 2]``, if the config's position is "rope".
+            cache: keys and values of earlier rows.
+
+        Returns:
+            The batch with the block's rows.
+        """
         return batch.with_data(self.forward_rows(batch, None, rope, cache))
 
     def forward_rows(
@@ -116,7 +125,18 @@ class Block(nn.Module):
         cache: KVCache | None,
         rel_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The half with attention: what the MLP reads, and the residual stream beside it."""
+        """The half with attention: what the MLP reads, and the residual stream beside it.
+
+        Args:
+            batch: rows ``[N, C]`` and geometry.
+            rows: int64 ``[M]``, the rows that go on; None: all.
+            rope: cos and sin ``[N, D / 2]``, or None.
+            cache: keys and values of earlier rows, or None.
+            rel_bias: ``[H, R]`` or ``[N, H, R]``, or None.
+
+        Returns:
+            ``[M, C]`` each.
+        """
         x = batch.data
         seen = batch if self.post else batch.with_data(self.norm1(x))
         heads = self.attn.heads(seen, rope, cache, rel_bias)  # [N, H * D]
@@ -135,7 +155,17 @@ class Block(nn.Module):
         return normed, x
 
     def joined(self, branch: Tensor, x: Tensor, batch: PackedBatch, rows: Tensor | None) -> Tensor:
-        """The residual stream with what the MLP made of it, ``[M, C]`` each."""
+        """The residual stream with what the MLP made of it.
+
+        Args:
+            branch: ``[M, C]``, the MLP's output.
+            x: ``[M, C]``, the residual stream.
+            batch: the geometry, by which sequences skip the branch (``drop_path``).
+            rows: int64 ``[M]``, where in the batch these rows are; None: all of them.
+
+        Returns:
+            ``[M, C]``.
+        """
         branch = self.drop_path2(self.mlp_drop(self.branch_norm2(branch)), batch, rows)
         if self.post:
             return _norm_of_sum(self.norm2, branch, x, self.scale2)
@@ -173,6 +203,9 @@ class Stack(nn.Module):
         share: use one set of weights for all blocks (ALBERT); the configs must then be equal.
         blocks: the blocks themselves, where ``configs`` do not say all of them.
         relative: the bias of relative positions that all blocks share (MPNet).
+
+    Raises:
+        ValueError: for ``share`` with configs that differ.
     """
 
     def __init__(

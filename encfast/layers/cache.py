@@ -25,7 +25,7 @@ class KVCache:
         self.seen: Tensor | None = None  # int64 [B]: tokens decoded so far, dropped ones included
 
     def positions(self, batch: PackedBatch) -> Tensor:
-        """int64 ``[N]``: positions of new rows, counted from the start of their sequences."""
+        """int64 ``[N]``: positions of ``batch``'s rows, from the start of their sequences."""
         positions = batch.positions()
         return positions if self.seen is None else positions + self.seen[batch.segment_ids()]
 

@@ -79,6 +79,9 @@ class CrossAttention(nn.Module):
             bias: one matrix ``[Lq, Lk]`` per sequence, packed: what hides keys, or is added to
                 scores; as :func:`encfast.ops.varlen_attn` takes it.
 
+        Returns:
+            ``[N, C]``.
+
         Raises:
             ValueError: if the batches have different numbers of sequences.
         """
@@ -168,6 +171,9 @@ class CrossBlock(nn.Module):
             context: ``[Nk, Ck]``, as many.
             rows: int64 ``[M]`` in 0..N - 1, the rows of each sequence that go on: every row is a
                 key of the self-attention, all that follows runs on these alone.
+
+        Returns:
+            The batch of queries with the block's rows; with ``rows`` of those alone.
 
         Raises:
             ValueError: as :meth:`CrossAttention.forward`.

@@ -77,6 +77,9 @@ class Embeddings(nn.Module):
             segments: token types ``[N]``; all 0 if None.
             positions: int64 ``[N]``; the place in the sequence if None.
 
+        Returns:
+            The batch of the embeddings, normed where the config says so.
+
         Raises:
             ValueError: if a sequence is longer than the position table.
         """
@@ -88,7 +91,19 @@ class Embeddings(nn.Module):
         segments: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> PackedBatch:
-        """The same around rows ``[N, C]`` in the words' place; transformers' inputs_embeds."""
+        """The same around rows ``[N, C]`` in the words' place; transformers' inputs_embeds.
+
+        Args:
+            rows: what the words' table would give, and the geometry.
+            segments: int64 ``[N]``, as in ``forward``.
+            positions: int64 ``[N]``, as in ``forward``.
+
+        Returns:
+            The batch of the embeddings, normed where the config says so.
+
+        Raises:
+            ValueError: if a sequence is longer than the position table.
+        """
         x = rows.data
         if self.segment is not None:
             x = x + (self.segment.weight[0] if segments is None else self.segment(segments))

@@ -121,7 +121,7 @@ def parallelise_experts(model: nn.Module, group: dist.ProcessGroup | None = None
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name the parameters that differ from process to process; all others are replicated."""
+    """By name the parameters of ``model`` that differ between processes; others are replicated."""
     return {
         name: parameter
         for prefix, module in model.named_modules()

@@ -42,7 +42,7 @@ class Graph:
             raise ValueError("edges holds an edge twice; list each once, in either direction")
 
     def adjacency(self, device: torch.device | str | None = None) -> Tensor:
-        """fp32 ``[V, V]``: symmetric, 1 where an edge is, 0 elsewhere."""
+        """fp32 ``[V, V]`` on ``device``: symmetric, 1 where an edge is, 0 elsewhere."""
         matrix = torch.zeros(self.num_nodes, self.num_nodes)
         for i, j in self.edges:
             matrix[i, j] = matrix[j, i] = 1
@@ -50,7 +50,12 @@ class Graph:
 
 
 class GraphLayer(nn.Module):
-    """Base of the layers: the ``[V, V]`` matrix that mixes nodes, a buffer made from the graph."""
+    """Base of the layers: the ``[V, V]`` matrix that mixes nodes, a buffer made from the graph.
+
+    Args:
+        graph: its nodes and edges.
+        in_dim: channels of a node.
+    """
 
     matrix: Tensor
 

@@ -62,7 +62,15 @@ class MaskedLMHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """BERT's pooler and classifier, ``out(dropout(tanh(dense(x))))``; no pooler: ``out`` only."""
+    """BERT's pooler and classifier, ``out(dropout(tanh(dense(x))))``; no pooler: ``out`` only.
+
+    Args:
+        dim: C.
+        num_labels: K, logits of a row.
+        pooler: whether there is one.
+        bias: of ``out``.
+        dropout: probability, in front of ``out``.
+    """
 
     def __init__(
         self,
@@ -89,7 +97,11 @@ class ClassificationHead(nn.Module):
 
 
 class SpanHead(nn.Module):
-    """Start and end scores of an answer span: two dot products per row (BERT, section 4.2)."""
+    """Start and end scores of an answer span: two dot products per row (BERT, section 4.2).
+
+    Args:
+        dim: C.
+    """
 
     def __init__(
         self,
@@ -102,6 +114,6 @@ class SpanHead(nn.Module):
         self.out = nn.Linear(dim, 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, C]`` -> start and end scores, ``[N]`` each."""
+        """x ``[N, C]`` -> start and end scores, ``[N]`` each."""
         start, end = self.out(x).unbind(-1)
         return start, end

@@ -46,6 +46,9 @@ class MLP(nn.Module):
     """``down(act(up(x)))``, or gated ``down(act(a) * b)`` with ``[a, b] = up(x)``.
 
     The activated half a comes first. Source of the gated form: Shazeer 2020, arXiv 2002.05202.
+
+    Args:
+        config: dim, ffn_dim, glu, activation, biases, and dropout in front of ``down``.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class RouterLosses(NamedTuple):
 
 
 def sum_losses(terms: list[RouterLosses]) -> RouterLosses:
-    """Each term summed over layers; ``dropped`` is their mean.
+    """Each of ``terms`` summed over layers; ``dropped`` is their mean.
 
     Raises:
         ValueError: for no layers.
@@ -166,6 +166,9 @@ class MoE(nn.Module):
             mask: bool of x's leading shape, False where a row is padding: it takes no room at any
                 expert, counts in no loss and gives 0. None: all rows are tokens.
 
+        Returns:
+            ``data`` of x's type and shape, the routing, the router's logits, and the mask of rows.
+
         Raises:
             ValueError: for a mask of another shape, beside a PackedBatch, or other errors of
                 :func:`encfast.ops.route_tokens`.
@@ -228,7 +231,7 @@ class ResidualMoE(nn.Module):
         self.coefficient = nn.Linear(config.dim, 2, **factory)
 
     def forward(self, x: Tensor | PackedBatch, *, mask: Tensor | None = None) -> MoEOutput:
-        """As :meth:`MoE.forward`."""
+        """``x`` and ``mask`` as in :meth:`MoE.forward`."""
         rows, mask = _flat(x, mask)
         out = self.moe(rows, mask=mask)
         weights = self.coefficient(rows).softmax(-1, dtype=torch.float32).to(out.data.dtype)

@@ -19,7 +19,12 @@ Rope = tuple[Tensor, Tensor] | None
 
 
 class MoEBlock(Block):
-    """A :class:`~encfast.layers.Block` whose MLP is a MoE layer; only the rows it runs on route."""
+    """A :class:`~encfast.layers.Block` whose MLP is a MoE layer; only the rows it runs on route.
+
+    Args:
+        config: of the block.
+        moe: of the mixture.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,17 @@ class MoEBlock(Block):
         rope: Rope = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, RouterLosses]:
-        """The rows ``[M, C]`` of :meth:`forward_rows`, and what the router's losses are."""
+        """The rows ``[M, C]`` of :meth:`forward_rows`, and what the router's losses are.
+
+        Args:
+            batch: rows ``[N, C]`` and geometry.
+            rows: int64 ``[M]``, those that go on and route; None: all.
+            rope: cos and sin ``[N, D / 2]``, or None.
+            cache: keys and values of earlier rows.
+
+        Returns:
+            ``[M, C]``, and the losses of this layer.
+        """
         seen, x = self.attended(batch, rows, rope, cache)
         out = self.mlp(seen)
         return self.joined(out.data, x, batch, rows), out.losses()
@@ -63,6 +78,9 @@ class MoEStack(Stack):
     Args:
         configs: one per block.
         moes: one per block, None where the block keeps its MLP.
+
+    Raises:
+        ValueError: if there are not as many ``moes`` as ``configs``.
     """
 
     def __init__(
@@ -91,6 +109,13 @@ class MoEStack(Stack):
         self, batch: PackedBatch, *, rows: Tensor | None = None
     ) -> tuple[PackedBatch | Tensor, RouterLosses]:
         """As :meth:`Stack.forward`, with the routers' losses summed over the blocks.
+
+        Args:
+            batch: rows ``[N, C]`` and geometry.
+            rows: int64 ``[M]``: only these rows of the last block are wanted.
+
+        Returns:
+            The batch, or the rows ``[M, C]``, and the losses.
 
         Raises:
             ValueError: if no block is a mixture.

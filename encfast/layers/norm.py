@@ -86,6 +86,9 @@ class Norm(nn.Module):
             residual: of x's shape, or None.
             branch_scale: ``[dim]``, the factors of LayerScale; None: 1.
             return_sum: also return the sum, as a pre-norm block hands it on.
+
+        Returns:
+            Of x's shape; with ``return_sum`` the sum of x's shape beside it.
         """
         if residual is not None and self._fuses(x, residual):
             return self._fused(x, residual, branch_scale, return_sum)

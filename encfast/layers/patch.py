@@ -109,6 +109,9 @@ class PatchEmbed(ExactBuffers):
             channels_last: rows in the order [*patch, C], as MAE's targets.
             dtype: of the rows; by default the images', and fp32 for uint8.
 
+        Returns:
+            ``[M, C * prod(patch)]``.
+
         Raises:
             TypeError, ValueError: as :func:`encfast.ops.gather_patches`.
         """
@@ -140,6 +143,9 @@ class PatchEmbed(ExactBuffers):
         Args:
             images: ``[B, C, *size]``; or B images ``[C, *size]``, for the border.
             mask: what is visible; None: everything.
+
+        Returns:
+            ``[K, dim]`` rows of all visible patches, one sequence per image.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`; for a mask of other numbers of patches.
@@ -211,5 +217,14 @@ def _check_lengths(clips: PackedBatch, depth: int) -> None:
 
 
 def flat_kernel(dim: int, channels: int, patch: Sequence[int]) -> dict[str, Any]:
-    """``shapes`` of the :class:`encfast.weights.Tied` of ``proj.weight`` and a convolution's."""
+    """``shapes`` of the :class:`encfast.weights.Tied` of ``proj.weight`` and a convolution's.
+
+    Args:
+        dim: channels of the embedding.
+        channels: of the image.
+        patch: pixels along each axis.
+
+    Returns:
+        ``[dim, channels * prod(patch)]`` here, ``[dim, channels, *patch]`` there.
+    """
     return {"shapes": ((dim, channels * math.prod(patch)), (dim, channels, *patch))}

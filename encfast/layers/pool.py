@@ -25,8 +25,19 @@ def pool(
         weights: ``[N]``, see there.
         normalize: to length 1.
 
+    Returns:
+        ``[B, C]`` in the dtype of the rows.
+
     Raises:
         ValueError: for another ``how``, or weights that do not fit it.
+
+    Examples:
+        >>> from encfast.layers import pool
+        >>> texts = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(0, 2)]
+        >>> batch = PackedBatch.from_list(texts)
+        >>> pool(batch, "mean")
+        tensor([[2., 3.],
+                [0., 0.]])
     """
     data = batch.data
     pooled = ops.seg_pool(

@@ -35,6 +35,9 @@ def sincos_positions(
         temperature: see above.
         class_token: put a row of zeros in front.
 
+    Returns:
+        fp32 ``[P, dim]``, or ``[1 + P, dim]`` with ``class_token``.
+
     Raises:
         ValueError: if 2n does not divide dim, or ``axes`` are not those of the grid.
     """
@@ -186,7 +189,15 @@ class LearnedPositions(nn.Module):
         nn.init.normal_(self.table, std=float(self.std))
 
     def forward(self, grid: Sequence[int] | None = None, *, antialias: bool = False) -> Tensor:
-        """``[(1 +) P, C]``, interpolated where ``grid`` is another than the table's."""
+        """``[(1 +) P, C]``, interpolated where ``grid`` is another than the table's.
+
+        Args:
+            grid: patches along each axis; None: the table's own.
+            antialias: where the grid is smaller, average over the places left out.
+
+        Returns:
+            ``[(1 +) P, C]``, the class token's position first where there is one.
+        """
         if grid is None:
             return self.table
         return resize_positions(

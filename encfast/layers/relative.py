@@ -40,6 +40,10 @@ class RelativeBias(nn.Module):
         num_heads: H.
         num_buckets: an even number >= 4, half of them for keys behind the query.
         max_distance: from here on, in both directions, all keys share a bucket.
+
+    Raises:
+        ValueError: for an odd or too small ``num_buckets``, or a ``max_distance`` they do not
+            reach.
     """
 
     buckets: Tensor

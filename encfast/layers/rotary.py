@@ -21,6 +21,9 @@ class Rotary(ExactBuffers):
         head_dim: D, even.
         theta: base of the frequencies.
         scaling: of their wavelengths; None: none.
+
+    Raises:
+        ValueError: for an odd ``head_dim``.
     """
 
     inv_freq: Tensor

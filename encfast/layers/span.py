@@ -78,7 +78,12 @@ def best_spans(
 def null_scores(start: Tensor, end: Tensor, batch: PackedBatch) -> Tensor:
     """``[B]``: start[0] + end[0] of each sequence, the score of "no answer" at [CLS].
 
-    An empty sequence scores -inf.
+    Args:
+        start, end: scores ``[N]``.
+        batch: geometry of the rows.
+
+    Returns:
+        ``[B]``; an empty sequence scores -inf.
     """
     filled = batch.lengths() > 0
     at = torch.where(filled, batch.cu_seqlens[:-1], -1).long()
@@ -95,6 +100,9 @@ def merge_windows(spans: Spans, examples: Tensor, offsets: Tensor, count: int) -
         examples: int64 ``[W]`` in [0, count): whose window it is.
         offsets: int64 ``[W]``: added to a window's positions to give the example's.
         count: number of examples.
+
+    Returns:
+        One per example.
     """
     windows = torch.arange(examples.shape[0], device=examples.device)
     top = spans.score.new_full((count,), -torch.inf)
@@ -110,7 +118,16 @@ def merge_windows(spans: Spans, examples: Tensor, offsets: Tensor, count: int) -
 
 
 def merge_null(scores: Tensor, examples: Tensor, count: int) -> Tensor:
-    """``[count]``: an example's null score, the smallest of its windows; inf without a window."""
+    """``[count]``: an example's null score, the smallest of its windows; inf without a window.
+
+    Args:
+        scores: ``[W]``, one per window.
+        examples: int64 ``[W]`` in [0, count): whose window it is.
+        count: number of examples.
+
+    Returns:
+        ``[count]``.
+    """
     return scores.new_full((count,), torch.inf).scatter_reduce(0, examples, scores, "amin")
 
 

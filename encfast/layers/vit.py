@@ -113,6 +113,9 @@ class PatchEncoder(nn.Module):
             which: indices of blocks, from 0.
             mask: what is visible; None: everything.
 
+        Returns:
+            The batch of normed rows, and one batch for each of ``which``.
+
         Raises:
             ValueError: as :meth:`embedded`; for an index that is no block's.
         """
@@ -126,6 +129,9 @@ class PatchEncoder(nn.Module):
         Args:
             images: ``[B, C, *image_size]``, floating or uint8.
             mask: what is visible; None: everything.
+
+        Returns:
+            A batch with one sequence per image.
 
         Raises:
             ValueError: as :meth:`embedded`.

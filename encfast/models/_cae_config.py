@@ -90,7 +90,7 @@ class CaeConfig:
         return with_drop_path(block, 0.0 if self.task == "probing" else self.drop_path, self.depth)
 
     def decoder_blocks(self, depth: int) -> list[BlockConfig]:
-        """Of each block of a regressor or decoder so deep."""
+        """The configs of the blocks of a regressor or decoder of this ``depth``."""
         block = self._block(self.decoder_dim, self.decoder_heads, self.decoder_ffn_dim)
         return with_drop_path(block, self.drop_path, depth)
 

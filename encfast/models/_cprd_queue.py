@@ -58,12 +58,20 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def keys(self, images: Tensor, tokens: PackedBatch) -> tuple[Tensor, Tensor]:
-        """The copy's features of images and texts, ``[B, E]`` each."""
+        """The copy's features of images and texts.
+
+        Args:
+            images: ``[B, C, *image_size]``, floating or uint8.
+            tokens: ids ``[N]`` of B texts.
+
+        Returns:
+            ``[B, E]`` each.
+        """
         return self.encoder.encode_images(images), self.encoder.encode_texts(tokens)
 
     @torch.no_grad()
     def push(self, images: Tensor, texts: Tensor) -> None:
-        """Puts keys ``[B, E]``, B <= Q, in the place of the oldest.
+        """Puts keys of ``images`` and of ``texts``, ``[B, E]`` each, in place of the oldest.
 
         Raises:
             ValueError: for more keys than the queue holds.

@@ -127,7 +127,7 @@ class CrossEncoder(Model):
         return self.image(images)
 
     def texts(self, tokens: PackedBatch) -> PackedBatch:
-        """Rows ``[N, C]`` of ids ``[N]`` behind the layers that see no image."""
+        """Rows ``[N, C]`` of the ids ``tokens`` ``[N]`` behind the layers that see no image."""
         x = self.embed(tokens)
         for block in self.blocks[: self.config.teacher_text_layers]:
             x = block(x)
@@ -141,7 +141,15 @@ class CrossEncoder(Model):
         return scores[:, 1] - scores[:, 0]
 
     def forward(self, images: Tensor, tokens: PackedBatch) -> Tensor:
-        """Logit of match minus no match, fp32 ``[B]``, of images and texts pair by pair."""
+        """Logit of match minus no match, pair by pair.
+
+        Args:
+            images: ``[B, C, *image_size]``, floating or uint8.
+            tokens: ids ``[N]`` of B texts.
+
+        Returns:
+            fp32 ``[B]``.
+        """
         return self.fuse(self.texts(tokens), self.images(images))
 
     @torch.no_grad()
@@ -153,6 +161,9 @@ class CrossEncoder(Model):
         Args:
             images, texts: what `images` and `texts` return, each computed once.
             image_ids, text_ids: int64 of one shape: a pair each.
+
+        Returns:
+            fp32, of the ids' shape.
         """
         pairs = zip(
             image_ids.flatten().split(self.config.teacher_chunk),

@@ -85,7 +85,7 @@ class DeepSpeedMoEConfig:
         return moes
 
     def moe(self, num_experts: int) -> MoEConfig:
-        """Of one mixture.
+        """The config of one mixture of ``num_experts``.
 
         With top-2 Gumbel noise chooses the second expert, and the weights of the experts that had
         room sum to 1. DeepSpeed's top-2 has ``priority="position"`` alone.

@@ -37,7 +37,7 @@ class Recipe:
     clip_norm: float = 1.0  # largest norm of the gradient of all parameters together
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over all parameters; norms and biases do not decay."""
+        """AdamW over all parameters of ``model``; norms and biases do not decay."""
         return torch.optim.AdamW(param_groups(model), lr=self.lr, betas=ADAM_BETAS)
 
     def factor(self, tokens: float) -> float:
@@ -62,7 +62,7 @@ RECIPES = {
 
 
 def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms and biases do not.
+    """Two groups of the parameters of ``model``: matrices decay; norms and biases do not.
 
     The biases of experts are stacks ``[E, F]``: their name tells them from a matrix.
     """
@@ -84,6 +84,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, kept: Tensor, temperatur
         student, teacher: logits ``[N, V]``; the teacher's take no gradient.
         kept: bool ``[N]``; 0 if it keeps none.
         temperature: T, > 0.
+
+    Returns:
+        0-dim, fp32 or wider.
 
     Raises:
         ValueError: for a teacher of another shape.
@@ -126,5 +129,8 @@ class StagedDistillation:
             batch: as for ``loss``.
             teacher: in evaluation mode; not run from the cut-off on.
             step: from 0.
+
+        Returns:
+            The total and its terms, 0-dim each.
         """
         return student.distill(batch, teacher) if step < self.cutoff else student.loss(batch)

@@ -30,7 +30,7 @@ class PretrainBatch:
     ordinary: PackedBatch  # int64: all rows but the first of each text
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PretrainBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {n: v.to(device, non_blocking=non_blocking) for n, v in values.items()}
         return PretrainBatch(**moved)
@@ -79,7 +79,15 @@ for _dataclass in (PretrainBatch, RetrievalBatch, Losses):
 
 
 def similarity(queries: Representation, passages: SparseRepresentation) -> Tensor:
-    """float32 ``[Q, P]``: c_q c_d + sum over the kept entries v of mu_d of mu_q[v] mu_d[v]."""
+    """c_q c_d + sum over the kept entries v of mu_d of mu_q[v] mu_d[v].
+
+    Args:
+        queries: Q of them, mu whole.
+        passages: P of them, mu with its largest entries alone.
+
+    Returns:
+        float32 ``[Q, P]``.
+    """
     scores = queries.cls.float() @ passages.cls.float().mT
     if queries.lexical.shape[1]:
         # A passage is a weighted bag of rows of mu_q^T [V, Q].

@@ -90,8 +90,15 @@ class Phase:
 def phases(size: str, *, causal: bool) -> tuple[Phase, Phase, Phase]:
     """Pretraining, context extension and decay of one published model.
 
+    Args:
+        size: 17m, 32m, 68m, 150m, 400m or 1b.
+        causal: the decoder's, not the encoder's.
+
+    Returns:
+        The three, in their order.
+
     Raises:
-        KeyError: for a size that is none of 17m, 32m, 68m, 150m, 400m, 1b.
+        KeyError: for another size.
     """
     s = SIZES[size]
     mask, last_mask = (0.0, 0.0) if causal else (0.3, 0.15)
@@ -152,7 +159,10 @@ def cross_phase(size: str, *, causal: bool) -> Phase:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms and biases (one dimension) do not."""
+    """Two groups of the parameters of ``model``: matrices decay by ``weight_decay``, others do not.
+
+    Norms and biases have one dimension.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -172,6 +182,9 @@ class StableAdamW(Optimizer):
         lr: the peak learning rate.
         betas, eps: as in Adam, with bias correction inside the averages.
         weight_decay: share of a weight removed per step at the peak learning rate.
+
+    Raises:
+        ValueError: for an ``lr`` that is not positive.
     """
 
     def __init__(
@@ -194,7 +207,14 @@ class StableAdamW(Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew and makes its gradients; None: they are there.
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -235,6 +255,9 @@ def ranking_loss(queries: Tensor, documents: Tensor, *, scale: float = 20.0) -> 
         queries: ``[B, C]``, unit length.
         documents: ``[B + extra, C]``, unit length; rows past B are further negatives.
         scale: inverse temperature of the cosine.
+
+    Returns:
+        0-dim, float32.
     """
     scores = scale * queries @ documents.t()
     return F.cross_entropy(scores.float(), torch.arange(len(queries), device=scores.device))

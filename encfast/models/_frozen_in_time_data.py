@@ -25,7 +25,7 @@ class CaptionedClips:
     text: PackedBatch  # ids [N]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CaptionedClips:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         moved = (x.to(device, non_blocking=non_blocking) for x in (self.clips, self.text))
         return CaptionedClips(*moved)
 

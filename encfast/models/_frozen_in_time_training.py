@@ -118,6 +118,9 @@ class Curriculum:
 
         Args:
             of_a_clip: cost of a clip by its frames, as :meth:`FrozenInTimeConfig.attention_scores`.
+
+        Returns:
+            The ratio of the two costs.
         """
         spent = sum(s * of_a_clip(f) for f, s in zip(self.frames, self.shares, strict=True))
         return spent / (sum(self.shares) * of_a_clip(self.frames[-1]))
@@ -130,7 +133,7 @@ class Recipe:
     lr: float = 3e-5
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over all parameters, with PyTorch's defaults but the rate, as published."""
+        """AdamW over all of ``model``, with PyTorch's defaults but the rate, as published."""
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
 

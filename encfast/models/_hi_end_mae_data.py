@@ -13,7 +13,7 @@ _SHARPNESS = 6.0  # of their borders: 1 / width, in radii
 
 
 def window_ct(hounsfield: Tensor, low: float = -175.0, high: float = 250.0) -> Tensor:
-    """Hounsfield units, clipped to [low, high] -> fp32 in 0..1; any shape.
+    """``hounsfield`` units of any shape, clipped to [low, high] -> fp32 in 0..1.
 
     Raises:
         ValueError: unless low < high.

@@ -30,13 +30,13 @@ class Recipe:
     exempt: bool = True  # vectors, tokens and positions do not decay
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over what is trained."""
+        """AdamW over what of ``model`` is trained."""
         return torch.optim.AdamW(
             self.param_groups(model), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
         )
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameters that decay, and those that do not."""
+        """Parameters of ``model`` that decay, and those that do not."""
         decay: list[nn.Parameter] = []
         spared: list[nn.Parameter] = []
         for name, p in model.named_parameters():
@@ -51,6 +51,9 @@ class Recipe:
         Args:
             step: from 0.
             steps: of the whole run; past them the factor is 0.
+
+        Returns:
+            In 0..1.
         """
         return cosine_schedule(step, self.warmup / self.epochs * steps, steps)
 

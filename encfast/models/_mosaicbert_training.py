@@ -29,7 +29,7 @@ class Recipe:
     start: str = "pretraining"  # whose weights the run starts from
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over all parameters; no norm or bias is exempt from decay.
+        """AdamW over all parameters of ``model``; no norm or bias is exempt from decay.
 
         At the peak rate a step of the paper's DecoupledAdamW takes ``weight_decay`` of a weight,
         one of ``torch.optim.AdamW`` takes ``lr * weight_decay`` of it, hence the division.
@@ -48,6 +48,9 @@ class Recipe:
         Args:
             step: from 0.
             steps: of the whole run, where the recipe counts epochs.
+
+        Returns:
+            In 0..1.
 
         Raises:
             ValueError: if nobody says how many steps there are.

@@ -19,6 +19,9 @@ def probe_accuracy(
         train, test: ``[N, p]``; centred by the means of ``train``, whose mean variance becomes 1.
         train_labels, test_labels: int64 ``[N]``.
         ridge: weight of the penalty, relative to N.
+
+    Returns:
+        In 0..1.
     """
     mean = train.double().mean(0)
     deviation = (train.double() - mean).square().mean().sqrt().clamp(min=1e-12)
@@ -47,6 +50,9 @@ def blend_digits(
         drop: probability that an image keeps no digit, the augmentation that destroys it.
         generator: of what is dropped, on the images' device.
 
+    Returns:
+        ``[B, C, H, W]`` in the dtype of the images.
+
     Raises:
         ValueError: for different numbers of images and digits, or odd sizes.
     """
@@ -72,6 +78,9 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a, b: two views ``[B, D]`` of the same B things; B < 2 leaves the second term out.
+
+    Returns:
+        0-dim.
     """
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     n, pairs = len(a), (a * b).sum(1)
@@ -102,6 +111,9 @@ def balanced_net(
         scale: of the singular values of both.
         aligned: right singular vectors of W1 are the axes, not random.
         generator: of all random numbers.
+
+    Returns:
+        W1 and W2.
     """
 
     def orthogonal() -> Tensor:
@@ -131,6 +143,9 @@ def descend(
         second, pairs: E[x x^T] and E[x x+^T].
         rate, steps: of the descent.
         decay: weight decay of both.
+
+    Returns:
+        W1 and W2 after the last step.
     """
     for _ in range(steps):
         w = w2 @ w1

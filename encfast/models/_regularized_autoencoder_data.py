@@ -23,7 +23,7 @@ class PointBatch:
     probes: Tensor | None = None  # [K, N, d]: directions to estimate the contraction along
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PointBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         extra = (
             None if t is None else t.to(device, non_blocking=non_blocking)
             for t in (self.noisy, self.probes)
@@ -76,6 +76,9 @@ def spiral(n: int, *, noise: float = 0.0, generator: torch.Generator | None = No
         n: >= 0.
         noise: standard deviation of the distance to the curve, along the ray from the origin.
         generator: of all random numbers.
+
+    Returns:
+        float64 ``[n, 2]``.
     """
     t = 3.0 + 12.0 * torch.rand(n, dtype=torch.float64, generator=generator)
     radius = 0.04 * t
@@ -87,7 +90,8 @@ def spiral(n: int, *, noise: float = 0.0, generator: torch.Generator | None = No
 def two_bumps(n: int, *, generator: torch.Generator | None = None) -> Tensor:
     """``[n, 2]`` float64: a Gaussian whose first coordinate changes sign with probability 1/2.
 
-    Its mean is (5, 0), its variances are 40 along (1, 1) and 5 along (1, -1).
+    Its mean is (5, 0), its variances are 40 along (1, 1) and 5 along (1, -1). All numbers are drawn
+    from ``generator``.
     """
     draw = torch.randn((n, 2), dtype=torch.float64, generator=generator)
     axes = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5  # rows

@@ -99,6 +99,9 @@ def sample_chains(
         accept_all: accept every proposal: plain Langevin, whose error grows with the step.
         generator: of all random numbers, on x0's device.
 
+    Returns:
+        The samples of all chains, and which share of the proposals was accepted.
+
     Raises:
         ValueError: for an argument out of its range.
     """

@@ -82,6 +82,9 @@ def jitter(poses: Tensor, std: float, generator: torch.Generator | None = None) 
         std: in units of the poses, >= 0.
         generator: of the noise.
 
+    Returns:
+        Of the poses' shape and dtype.
+
     Raises:
         ValueError: for a negative ``std``.
     """

@@ -114,6 +114,9 @@ def mask_joints(
         generator: of the draw, on its own device.
         device: of the result.
 
+    Returns:
+        bool ``[N, V]``, True where a joint is hidden.
+
     Raises:
         ValueError: for a ratio outside of its range, or one that hides nothing.
     """

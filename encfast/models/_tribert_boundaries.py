@@ -23,6 +23,9 @@ def boundary_distances(essays: PackedBatch, prototype: int) -> Tensor:
         essays: embeddings ``[S, C]`` of sentences.
         prototype: p >= 1.
 
+    Returns:
+        ``[S]``, -inf behind the last sentence of an essay.
+
     Raises:
         ValueError: for another ``prototype``.
     """
@@ -59,6 +62,9 @@ def largest_gaps(distances: Tensor, essays: PackedBatch, k: int) -> Tensor:
         essays: geometry of the sentences.
         k: >= 1.
 
+    Returns:
+        int64 ``[B, k]``.
+
     Raises:
         ValueError: for another k.
     """
@@ -83,6 +89,9 @@ def boundary_f1(predicted: Tensor, gold: Tensor) -> float:
     Args:
         predicted: int64 ``[B, K]``, gaps from 1; 0 is none.
         gold: int64 ``[B, G]``, at least one gap a row, padded with 0.
+
+    Returns:
+        In 0..1, to within what is added.
 
     Raises:
         ValueError: for different numbers of essays, none of them, or one without a boundary.
@@ -115,6 +124,10 @@ def sample_triplets(
         authors: ``[S]`` on the CPU, 0 or 1 for each sentence.
         prompts: int64 ``[B]``, the prompt of each essay.
         generator: of all random numbers.
+        count: number of triplets.
+
+    Returns:
+        int64 ``[count, 3]``.
 
     Raises:
         ValueError: if no essay has three such sentences.

@@ -97,7 +97,15 @@ class MemoryBanks:
     chunk: int = 4096  # rows at a time
 
     def anchors(self, clip: Tensor, multilingual: Tensor) -> Anchors:
-        """What a model trains on, from features ``[B, D]`` and ``[B, E]`` of English sentences."""
+        """What a model trains on, from features of English sentences.
+
+        Args:
+            clip: ``[B, D]``, of the frozen CLIP's text encoder.
+            multilingual: ``[B, E]``, of the frozen multilingual encoder, of the same sentences.
+
+        Returns:
+            What ``loss`` takes.
+        """
         clip, multilingual = (F.normalize(x.detach(), dim=-1) for x in (clip, multilingual))
         options: dict[str, Any] = {"temperature": self.temperature, "chunk": self.chunk}
         return Anchors(
@@ -119,6 +127,9 @@ class MemoryBanks:
         Args:
             clip, multilingual: encoders; modules are put into evaluation mode and frozen.
             for_clip, for_multilingual: what each takes of the same sentences, such as token ids.
+
+        Returns:
+            What ``loss`` takes.
         """
         for encoder in (clip, multilingual):
             if isinstance(encoder, nn.Module):

@@ -23,7 +23,7 @@ class Recipe:
     max_norm: float = 1.0  # of all gradients, clipped before each step
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over what is trained; frozen parameters stay out of it."""
+        """SGD over what of ``model`` is trained; frozen parameters stay out of it."""
         learned = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(learned, lr=self.lr, momentum=0.9)
 
@@ -35,6 +35,9 @@ class Recipe:
         Args:
             step: from 0.
             steps: of the whole run; past them the factor is 0.
+
+        Returns:
+            In 0..1.
         """
         rise = self.warmup / self.epochs * steps
         cosine = 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))

@@ -72,7 +72,7 @@ class LlamaConfig:
     vocab_size: int = 128_256
 
     def block(self, *, causal: bool) -> BlockConfig:
-        """Of every layer."""
+        """The config of every layer, ``causal`` or not."""
         return BlockConfig(
             self.dim,
             self.num_heads,

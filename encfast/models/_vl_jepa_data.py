@@ -27,7 +27,7 @@ class VlJepaBatch:
     answer: PackedBatch | None = None  # ids from bos to eos, for the decoder
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> VlJepaBatch:
-        """Every tensor on ``device``."""
+        """Every tensor on ``device``; ``non_blocking`` as in ``Tensor.to``."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=non_blocking)
@@ -50,7 +50,7 @@ for _cls in (VlJepaBatch, VlJepaLoss):
 
 
 def still_clips(images: Tensor, depth: int) -> PackedBatch:
-    """Images ``[B, C, H, W]`` as clips of one time index: each repeated ``depth`` times."""
+    """``images`` ``[B, C, H, W]`` as clips of one time index: each repeated ``depth`` times."""
     return PackedBatch.from_lengths(images.repeat_interleave(depth, 0), [depth] * images.shape[0])
 
 

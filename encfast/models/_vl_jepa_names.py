@@ -9,7 +9,7 @@ from encfast.weights import Tied, both
 
 
 def vision_names(config: VisionConfig) -> list[Tied]:
-    """Of :class:`VisionEncoder`, in a ``VJEPA2Model`` (whose own predictor has no counterpart)."""
+    """Of :class:`VisionEncoder` of ``config``, in a ``VJEPA2Model`` without its predictor."""
     kernel = flat_kernel(config.dim, config.channels, config.patch_size)
     patches = "encoder.embeddings.patch_embeddings.proj"
     names = [
@@ -33,14 +33,17 @@ def vision_names(config: VisionConfig) -> list[Tied]:
 
 
 def llama_names(config: LlamaConfig, *, first: int = 0) -> list[Tied]:
-    """Of :class:`Llama`, in a ``LlamaModel`` from its layer ``first`` on (8 of Llama 3.2 1B)."""
+    """Of :class:`Llama` of ``config``, in a ``LlamaModel`` from its layer ``first`` on.
+
+    Llama 3.2 1B has 16, of which 8 to 15 are the predictor's.
+    """
     pairs = [("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")]
     layers = _layers(config.block(causal=False), config.depth, first, pairs)
     return [Tied("norm.weight", ("norm.weight",)), *layers]
 
 
 def gemma_names(config: TextConfig) -> list[Tied]:
-    """Of :class:`TextEncoder`, its projection left out, in a ``Gemma3TextModel``."""
+    """Of :class:`TextEncoder` of ``config`` but its projection, in a ``Gemma3TextModel``."""
     pairs = [
         ("norm1", "input_layernorm"),
         ("branch_norm1", "post_attention_layernorm"),

@@ -127,7 +127,10 @@ class _Chain:
 
 
 def pooled_segments(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """``[K, E]``, unit length: the mean embedding of each segment of :func:`ward_segments`."""
+    """``[K, E]``, unit length: the mean of the ``embeddings`` ``[S, E]`` of each segment.
+
+    ``labels``, int64 ``[S]``, are those of :func:`ward_segments`.
+    """
     lengths = torch.bincount(labels)
     return pool(PackedBatch.from_lengths(embeddings, lengths), "mean", normalize=True)
 
@@ -159,7 +162,10 @@ class OnlineSegmenter:
         self._decoded: Tensor | None = None
 
     def push(self, embedding: Tensor) -> Tensor | None:
-        """Takes the next ``[E]``; returns what to decode now, ``[E]`` of unit length, or None."""
+        """Takes the next ``embedding`` ``[E]``; returns what to decode now, ``[E]``, or None.
+
+        What it returns has length 1.
+        """
         self._window.append(embedding)
         if len(self._window) < self.width:
             return None

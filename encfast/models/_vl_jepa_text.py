@@ -19,7 +19,13 @@ from encfast.packed import PackedBatch
 
 
 class Llama(nn.Module):
-    """Llama layers and their final norm over rows that are embedded already."""
+    """Llama layers and their final norm over rows that are embedded already.
+
+    Args:
+        config: of the layers.
+        depth: how many of them.
+        causal: a row sees those before it; otherwise all.
+    """
 
     def __init__(self, config: LlamaConfig, depth: int, *, causal: bool, **factory: Any) -> None:
         super().__init__()
@@ -33,7 +39,16 @@ class Llama(nn.Module):
         rows: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
     ) -> Any:
-        """The batch with rows ``[N, C]``, or the ``rows`` ``[M]`` of it, ``[M, C]``."""
+        """Rows ``[N, C]`` -> rows ``[N, C]`` behind the final norm.
+
+        Args:
+            x: embedded rows, and their geometry.
+            rows: int64 ``[M]``: only these are wanted.
+            caches: one a layer, of earlier rows; these are appended.
+
+        Returns:
+            The batch, or with ``rows`` ``[M, C]``.
+        """
         x = self.stack(x, rows=rows, caches=caches)
         return self.norm(x) if isinstance(x, Tensor) else x.with_data(self.norm(x.data))
 
@@ -72,6 +87,9 @@ class Predictor(nn.Module):
             visual: ``[Nv, visual_dim]`` of B clips.
             query: embedded tokens ``[Nq, C]`` of B texts, or None.
 
+        Returns:
+            ``[Nv + Nq, C]``.
+
         Raises:
             ValueError: for a query of another number of texts.
         """
@@ -84,7 +102,12 @@ class Predictor(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Y: Gemma 3 layers both ways, mean of the rows, projection."""
+    """Y: Gemma 3 layers both ways, mean of the rows, projection.
+
+    Args:
+        config: of the layers.
+        embed_dim: E.
+    """
 
     def __init__(self, config: TextConfig, embed_dim: int, **factory: Any) -> None:
         super().__init__()
@@ -104,7 +127,7 @@ class TextEncoder(nn.Module):
         self.scale = repr(math.sqrt(config.dim))  # text: see layers.dropout.StaticFloat
 
     def rows(self, tokens: PackedBatch) -> PackedBatch:
-        """Ids ``[N]`` -> rows ``[N, C]`` behind the final norm."""
+        """``tokens``, ids ``[N]`` -> rows ``[N, C]`` behind the final norm."""
         x = self.tokens(tokens.data)
         # Gemma rounds the factor to the table's dtype.
         x = x * torch.tensor(float(self.scale), dtype=x.dtype)
@@ -112,7 +135,7 @@ class TextEncoder(nn.Module):
         return x.with_data(self.norm(x.data))
 
     def forward(self, tokens: PackedBatch) -> Tensor:
-        """Ids ``[N]`` of B texts -> ``[B, E]``, unit length."""
+        """``tokens``, ids ``[N]`` of B texts -> ``[B, E]``, unit length."""
         return F.normalize(self.out(pool(self.rows(tokens), "mean")), dim=-1)
 
 
@@ -120,6 +143,12 @@ class TextDecoder(nn.Module):
     """Y-decoder: an embedding becomes the first rows of a text that causal Llama layers go on with.
 
     Tokens and their scores come from the predictor's token table, which the caller hands over.
+
+    Args:
+        config: of the layers.
+        depth: how many of them.
+        prefix: rows that an embedding becomes.
+        embed_dim: E.
 
     Attributes:
         calls: embeddings decoded so far; set it to 0 to count anew.
@@ -148,6 +177,9 @@ class TextDecoder(nn.Module):
             embeddings: ``[B, E]``.
             texts: ids ``[N]``, each text from bos to eos.
             table: ``[V, C]``.
+
+        Returns:
+            0-dim, fp32 or wider.
         """
         x = self.prefixes(embeddings).concat(texts.with_data(F.embedding(texts.data, table)))
         own = torch.arange(texts.total, device=table.device)
@@ -157,7 +189,17 @@ class TextDecoder(nn.Module):
     def generate(
         self, embeddings: Tensor, table: Tensor, bos_id: int, eos_id: int, max_new_tokens: int
     ) -> list[Tensor]:
-        """The likeliest text of each embedding ``[B, E]``: its ids behind bos, eos with them."""
+        """The likeliest text of each embedding.
+
+        Args:
+            embeddings: ``[B, E]``.
+            table: ``[V, C]``.
+            bos_id, eos_id: ids of the tokens around a text.
+            max_new_tokens: where a text is cut that has not ended.
+
+        Returns:
+            B tensors of ids, without bos, with eos where it came.
+        """
         count = embeddings.shape[0]
         self.calls += count
         start = torch.full((count,), bos_id, device=table.device)

@@ -18,6 +18,9 @@ def param_groups(model: VlJepa, lr: float, *, weight_decay: float = 0.0) -> list
         model: see above.
         lr: of everything but Y.
         weight_decay: of matrices.
+
+    Returns:
+        Dictionaries with ``params``, ``lr`` and ``weight_decay``.
     """
     groups = []
     own = {id(p) for p in model.text.parameters()}

@@ -79,7 +79,11 @@ def _quarter_turn(x: Tensor) -> Tensor:
 
 
 class VisionEncoder(nn.Module):
-    """Tubelets, pre-norm blocks, final norm; no class token, no table of positions."""
+    """Tubelets, pre-norm blocks, final norm; no class token, no table of positions.
+
+    Args:
+        config: sizes of frames, tubelets and blocks.
+    """
 
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()

@@ -205,7 +205,7 @@ class BertFamily(TransformersModel):
         return self.embed.word
 
     def hidden(self, tokens: PackedBatch, segments: Tensor | None = None) -> PackedBatch:
-        """Ids ``[N]`` -> last hidden rows ``[N, C]``."""
+        """Ids ``[N]`` -> last hidden rows ``[N, C]``; ``tokens`` and ``segments`` as in a call."""
         x = self.embed(tokens, segments)  # [N, E]
         x = x.with_data(self.project(x.data))  # [N, C]
         x = self.stack(x)  # [N, C]
@@ -223,6 +223,10 @@ class BertFamily(TransformersModel):
             tokens: ids ``[N]`` in [0, V).
             segments: int64 ``[N]``, token types; all 0 if None.
             rows: int64 ``[M]``: the only rows whose vocabulary scores are wanted; None: all.
+
+        Returns:
+            Last hidden rows, and what the task's head makes of them; None in the place of other
+            heads.
         """
         hidden = self.hidden(tokens, segments)  # [N, C]
         pooled = start = end = vocab = labels = None
@@ -287,9 +291,15 @@ class BertFamily(TransformersModel):
         how: Literal["mean", "first", "last"] = "mean",
         normalize: bool = True,
     ) -> Tensor:
-        """``[B, C]``: one embedding per sequence, of length 1 if ``normalize``.
+        """One embedding per sequence.
 
-        An empty sequence yields zeros.
+        Args:
+            tokens, segments: as in a call.
+            how: mean of the rows, or the first or last row.
+            normalize: whether embeddings get length 1.
+
+        Returns:
+            ``[B, C]``; an empty sequence yields zeros.
         """
         pooled = pool(self.hidden(tokens, segments), how)  # [B, C]
         return F.normalize(pooled, dim=-1) if normalize else pooled
@@ -302,6 +312,9 @@ class BertFamily(TransformersModel):
         Args:
             generator: of all random numbers.
             lengths: of the sequences; some, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         return example_batch(self.config, generator, lengths)
 

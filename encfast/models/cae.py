@@ -180,6 +180,9 @@ class Cae(Model):
         Args:
             batch: B.
             generator: of the masks' seeds, on the CPU; see :func:`encfast.data.block_hidden`.
+
+        Returns:
+            What is visible of ``batch`` images.
         """
         c = self.config
         keep = keep_count(c.num_patches, c.mask_ratio)
@@ -194,6 +197,9 @@ class Cae(Model):
         Args:
             images: ``[B, C, *image_size]``, floating or uint8.
             mask: what is visible; None: everything.
+
+        Returns:
+            A batch with one sequence per image.
 
         Raises:
             ValueError: for images of another size, or a mask of another number of patches.
@@ -229,7 +235,10 @@ class Cae(Model):
         return ops.gather_rows(rows, hidden.visible_rows())
 
     def decode(self, encoded: Tensor, latents: PackedBatch, mask: PatchMask) -> Tensor:
-        """What :meth:`forward` returns, from what :meth:`regress` does."""
+        """What :meth:`forward` returns, from ``encoded`` and ``latents`` of :meth:`regress`.
+
+        ``mask`` is the one they were made with.
+        """
         if self.config.objective == "tokens":
             positions = self._hidden_positions(mask, latents.data.dtype)
             return self.decoder(latents.with_data(latents.data + positions))  # [M, V]
@@ -306,9 +315,10 @@ class Cae(Model):
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
     ) -> ImageBatch:
-        """Smooth random images with what the task predicts of them, on the CPU.
+        """``batch_size`` smooth random images with what the task predicts of them, on the CPU.
 
-        Visual tokens are those of a random codebook; features are random.
+        Visual tokens are those of a random codebook; features are random. All numbers come from
+        ``generator``.
         """
         c, draw = self.config, {"generator": generator}
         images = smooth_images(batch_size, c.channels, c.image_size, generator=generator)

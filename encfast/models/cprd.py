@@ -110,7 +110,7 @@ class Cprd(Model):
         return F.normalize(self.image_proj(first), dim=-1)
 
     def encode_texts(self, tokens: PackedBatch) -> Tensor:
-        """``[B, E]`` of length 1 from ids ``[N]`` of B texts; the first of each is ``[CLS]``.
+        """``[B, E]`` of length 1; ``tokens`` are ids ``[N]`` of B texts, each from ``[CLS]`` on.
 
         Empty texts all have one feature.
         """
@@ -119,7 +119,15 @@ class Cprd(Model):
         return F.normalize(self.text_proj(first), dim=-1)
 
     def forward(self, tokens: PackedBatch | None = None, images: Tensor | None = None) -> Features:
-        """Features of what is given, texts or images or both."""
+        """Features of what is given, texts or images or both.
+
+        Args:
+            tokens: ids ``[N]``, as in :meth:`encode_texts`.
+            images: ``[B, C, *image_size]``, floating or uint8.
+
+        Returns:
+            ``[B, E]`` of length 1 of each, None of what was not given.
+        """
         return Features(
             None if tokens is None else self.encode_texts(tokens),
             None if images is None else self.encode_images(images),
@@ -139,6 +147,9 @@ class Cprd(Model):
             teacher: scores the mined pairs, 2 B K of them; None: ``batch.scores`` has them.
             queue: momentum keys in place of the batch's own, and more negatives for the
                 contrastive loss. The batch's keys are put into it.
+
+        Returns:
+            The total and its terms, 0-dim each.
 
         Raises:
             ValueError: if the batch has not as many images as texts, nobody scores, or the teacher
@@ -164,6 +175,9 @@ class Cprd(Model):
         Args:
             images, texts: features ``[B, E]``.
             score: the teacher: int64 ids ``[B, K]`` of images and of texts -> ``[B, K]``.
+
+        Returns:
+            Two losses, 0-dim.
         """
         rows = torch.arange(images.shape[0], device=images.device)[:, None]
         return (
@@ -226,6 +240,9 @@ class Cprd(Model):
         Args:
             generator: of all random numbers.
             lengths: of the texts; some, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         c, lengths = self.config, [7, 12, 0, 9, 3] if lengths is None else list(lengths)
         ids = torch.randint(1, c.vocab_size, (sum(lengths),), generator=generator)

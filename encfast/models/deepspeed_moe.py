@@ -207,6 +207,9 @@ class DeepSpeedMoE(Model):
 
         Args:
             batch: ``tokens`` is read; ``labels`` in their place if given, ids or -100.
+
+        Returns:
+            The total and its terms, 0-dim each.
         """
         return self._losses(batch, None)
 
@@ -216,6 +219,9 @@ class DeepSpeedMoE(Model):
         Args:
             batch: as for ``loss``.
             teacher: in evaluation mode, run without gradients; or its logits ``[N, V]``.
+
+        Returns:
+            The total and its terms, 0-dim each.
 
         Raises:
             ValueError: for a teacher in training mode, whose answers dropout blurs, or logits of
@@ -296,6 +302,9 @@ class DeepSpeedMoE(Model):
         Args:
             generator: of all random numbers.
             lengths: of the texts; some, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         lengths = [37, 5, 0, 60, 12] if lengths is None else lengths
         ids = torch.randint(self.config.vocab_size, (sum(lengths),), generator=generator)

@@ -213,7 +213,7 @@ class DupMae(Model):
         return bert_names(self.config.depth)
 
     def forward(self, tokens: PackedBatch) -> PackedBatch:
-        """Ids ``[N]`` in [0, V) -> last hidden rows ``[N, C]``."""
+        """``tokens``, ids ``[N]`` in [0, V) -> last hidden rows ``[N, C]``."""
         return self.stack(self.embed(tokens))
 
     def loss(self, batch: PretrainBatch | RetrievalBatch) -> Losses:
@@ -245,7 +245,15 @@ class DupMae(Model):
         return Losses(total, masked, decoded, bag)
 
     def decode(self, hidden: PackedBatch, batch: PretrainBatch) -> Tensor:
-        """``[N, C]``: every row rebuilt from its text's [CLS] row of ``hidden`` ``[N, C]``."""
+        """``[N, C]``: every row rebuilt from its text's [CLS] row.
+
+        Args:
+            hidden: ``[N, C]`` of the masked texts.
+            batch: the texts, and which words each row may see.
+
+        Returns:
+            ``[N, C]``.
+        """
         assert self.decoder is not None
         h = pool(hidden, "first")[hidden.segment_ids()]  # [N, C]
         if self.config.query_norm:
@@ -263,6 +271,9 @@ class DupMae(Model):
         Args:
             hidden: last hidden rows ``[N, C]``.
             ordinary: int64 ``[M]``, rows of each text that are not its first.
+
+        Returns:
+            float32 ``[B, V]``.
         """
         rows = self.lm_head.features(hidden.select(ordinary.data))  # [M, C]
         decoder = self.lm_head.decoder
@@ -278,6 +289,9 @@ class DupMae(Model):
 
         Args:
             tokens: ids ``[N]`` of ``[CLS] words [SEP]``.
+
+        Returns:
+            One row of c and one of mu per text.
 
         Raises:
             ValueError: for a model of another task.
@@ -338,6 +352,9 @@ class DupMae(Model):
         Args:
             generator: of all random numbers.
             lengths: of the texts; some, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         return example_batch(self.config, generator, lengths)
 

@@ -253,7 +253,7 @@ class Ettin(Model):
         return EttinLoss(masked=masked_lm_loss(self.logits(hidden), batch.targets))
 
     def encode(self, tokens: PackedBatch) -> Tensor:
-        """``[B, C]``, unit length: one embedding per text, zeros for an empty one.
+        """``[B, C]``, unit length: one embedding per text of ``tokens``, zeros for an empty one.
 
         As in the paper's retrieval runs: the mean of an encoder, the last token of a decoder.
         """
@@ -306,6 +306,9 @@ class Ettin(Model):
         Args:
             generator: of all random numbers.
             lengths: of the texts; some, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
 
         Raises:
             ValueError: for an encoder whose config has no ``mask_id``.

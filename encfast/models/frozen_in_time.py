@@ -240,7 +240,7 @@ class FrozenInTime(Model):
         return F.normalize(self.clip_proj(self.clips(clips)), dim=-1)
 
     def embed_text(self, text: PackedBatch) -> Tensor:
-        """Ids ``[N]`` of B captions, [CLS] first -> ``[B, E]``, of length 1.
+        """``text``, ids ``[N]`` of B captions, [CLS] first -> ``[B, E]``, of length 1.
 
         Raises:
             ValueError: for a caption longer than the position table.
@@ -252,6 +252,13 @@ class FrozenInTime(Model):
     ) -> Embeddings:
         """Embeddings of clips, of captions or of both; the cosine of two is their dot product.
 
+        Args:
+            clips: frames, as :meth:`embed_clips` takes them.
+            text: ids, as :meth:`embed_text` takes them.
+
+        Returns:
+            ``[B, E]`` of each, None of what was not given.
+
         Raises:
             ValueError: as :meth:`embed_clips` and :meth:`embed_text`.
         """
@@ -261,7 +268,7 @@ class FrozenInTime(Model):
         )
 
     def loss(self, batch: CaptionedClips) -> Losses:
-        """The objective over all pairs of clips and captions; 0 without any.
+        """The objective over all pairs of clips and captions of ``batch``; 0 without any.
 
         Raises:
             ValueError: if there are not as many captions as clips.
@@ -343,6 +350,9 @@ class FrozenInTime(Model):
         Args:
             generator: of all random numbers.
             lengths: frames of each clip; four clips, one of them empty, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         return example_batch(self.config, generator, lengths)
 

@@ -137,6 +137,9 @@ class HiEndMae(Model):
         Args:
             batch: B.
             generator: of the noise, on that device.
+
+        Returns:
+            What is visible of ``batch`` volumes.
         """
         c, device = self.config, self.encoder.embed.proj.weight.device
         keep = keep_count(c.num_patches, c.mask_ratio)
@@ -227,7 +230,10 @@ class HiEndMae(Model):
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
     ) -> ImageBatch:
-        """Phantoms of ellipsoids with a mask or labels, as the task expects, on the CPU."""
+        """``batch_size`` phantoms of ellipsoids with a mask or labels, on the CPU.
+
+        All numbers are drawn from ``generator``.
+        """
         c = self.config
         images, labels = phantoms(batch_size, c.image_size, c.num_labels, generator=generator)
         images = images.repeat(1, c.channels, 1, 1, 1)

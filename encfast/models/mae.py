@@ -196,6 +196,9 @@ class Mae(Model):
         Args:
             batch: B.
             generator: of the noise, on that device.
+
+        Returns:
+            What is visible of ``batch`` images.
         """
         keep = keep_count(self.config.num_patches, self.config.mask_ratio)
         device = self.encoder.embed.proj.weight.device
@@ -207,6 +210,9 @@ class Mae(Model):
         Args:
             images: ``[B, C, *image_size]``, floating or uint8.
             mask: what is visible; None: everything.
+
+        Returns:
+            A batch with one sequence per image.
 
         Raises:
             ValueError: for images of another size, or a mask of another number of patches.
@@ -277,10 +283,17 @@ class Mae(Model):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """fp32 ``[B, C, *image_size]``: visible patches as they are, hidden ones as predicted.
+        """The images with their hidden patches as predicted.
 
         Normalised predictions are put back to the mean and the deviation of the patches they stand
         for, as the paper's pictures are made.
+
+        Args:
+            images: ``[B, C, *image_size]``, floating or uint8.
+            mask: what is visible, and kept as it is.
+
+        Returns:
+            fp32 ``[B, C, *image_size]``.
         """
         pixels = self.encoder.embed.pixels(
             images, channels_last=True, dtype=torch.float32
@@ -295,7 +308,10 @@ class Mae(Model):
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
     ) -> ImageBatch:
-        """Smooth random images with a mask or labels, as the task expects, on the CPU."""
+        """``batch_size`` smooth random images with a mask or labels, on the CPU.
+
+        All numbers are drawn from ``generator``.
+        """
         c = self.config
         images = smooth_images(batch_size, c.channels, c.image_size, generator=generator)
         if c.task == "classification":

@@ -172,7 +172,7 @@ class MosaicBert(Model):
         return self.embed.word
 
     def hidden(self, tokens: PackedBatch, segments: Tensor | None = None) -> PackedBatch:
-        """Ids ``[N]`` -> last hidden rows ``[N, C]``."""
+        """Ids ``[N]`` -> last hidden rows ``[N, C]``; ``tokens`` and ``segments`` as in a call."""
         return self.stack(self.embed(tokens, segments))
 
     def subset(
@@ -253,6 +253,14 @@ class MosaicBert(Model):
 
         For the border, on the CPU; a data-loader worker calls
         :func:`encfast.data.masking.mask_tokens` itself.
+
+        Args:
+            tokens: ids ``[N]``.
+            segments: int64 ``[N]``, token types, handed on.
+            generator: of the draw.
+
+        Returns:
+            What ``loss`` takes.
         """
         c = self.config
         masked = mask_tokens(
@@ -273,6 +281,9 @@ class MosaicBert(Model):
         Args:
             generator: of all random numbers.
             lengths: of the sequences; some up to 128, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         c, draw = self.config, {"generator": generator}
         if lengths is None:

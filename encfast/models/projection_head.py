@@ -188,6 +188,9 @@ class ProjectionHead(Model):
             images: ``[B, *image_size]``, floating.
             use_head: True for u ``[B, q]``, False for z ``[B, p]``, what is kept after training.
 
+        Returns:
+            Both, or the one that ``use_head`` names.
+
         Raises:
             ValueError: for images of another size.
         """
@@ -207,6 +210,9 @@ class ProjectionHead(Model):
         Args:
             batch: ``images``, one view of each; ``targets``, another view of the same shape
                 (SimCLR and spectral need it, SupCon takes it); ``labels`` (SupCon, supervised).
+
+        Returns:
+            The total and its term, 0-dim each.
 
         Raises:
             ValueError: if the batch lacks what the objective needs.
@@ -238,7 +244,10 @@ class ProjectionHead(Model):
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
     ) -> ImageBatch:
-        """Smooth random images, a noisy second view of each, and labels, on the CPU."""
+        """``batch_size`` smooth random images, a noisy second view of each, and labels, on the CPU.
+
+        All numbers are drawn from ``generator``.
+        """
         c, *size = self.config.image_size
         images = smooth_images(batch_size, c, tuple(size) or (1,), generator=generator)
         images = images.view(batch_size, *self.config.image_size)

@@ -171,7 +171,7 @@ class RegularizedAutoencoder(Model):
             self.scale.fill_(c.output_scale)
 
     def forward(self, tokens: PackedBatch) -> Tensor:
-        """r of the batch's points ``[N, d]`` -> ``[N, d]``."""
+        """r of the points of ``tokens``, ``[N, d]`` -> ``[N, d]``."""
         return self.reconstruct(tokens.data)
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -179,13 +179,13 @@ class RegularizedAutoencoder(Model):
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Points ``[..., d]`` -> the code ``[..., H]``."""
+        """Points x ``[..., d]`` -> the code ``[..., H]``."""
         for layer in self.encoder:
             x = _ACTIVATIONS[self.config.activation](layer(x))
         return x
 
     def decode(self, h: Tensor) -> Tensor:
-        """The code ``[..., H]`` -> points ``[..., d]``."""
+        """The code h ``[..., H]`` -> points ``[..., d]``."""
         weights = self._decoder_weights()
         for layer, weight in zip(self.decoder[:-1], weights[:-1], strict=True):
             h = _ACTIVATIONS[self.config.activation](F.linear(h, weight, layer.bias))
@@ -199,7 +199,7 @@ class RegularizedAutoencoder(Model):
         return [layer.weight.t() if tied else layer.weight for layer in layers]
 
     def jacobian(self, x: Tensor) -> Tensor:
-        """dr/dx of the whole reconstruction, ``[N, d]`` -> ``[N, d, d]`` (outputs, then inputs).
+        """dr/dx of the reconstruction at x ``[N, d]`` -> ``[N, d, d]`` (outputs, then inputs).
 
         In closed form for one hidden layer, ``s diag(f'(Wb h + b)) Wb diag(h') Wc^T``: a matmul
         with a table of d^2 H products, too many for large d. By ``torch.func.jacrev`` for more
@@ -239,7 +239,7 @@ class RegularizedAutoencoder(Model):
         return (self.reconstruct(x) - x) / self.sigma**2
 
     def hessian(self, x: Tensor) -> Tensor:
-        """Estimate of the Hessian of log p, ``(dr/dx - I) / sigma^2``, ``[N, d, d]``.
+        """Estimate ``[N, d, d]`` of log p's Hessian at x ``[N, d]``: ``(dr/dx - I) / sigma^2``.
 
         It need not be symmetric: nothing makes r a gradient.
         """
@@ -247,7 +247,10 @@ class RegularizedAutoencoder(Model):
         return (self.jacobian(x) - eye) / self.sigma**2
 
     def energy_difference(self, x: Tensor, y: Tensor, *, nodes: int = 2) -> Tensor:
-        """log p(x) - log p(y), ``[..., d]`` twice -> ``[...]``: :func:`energy_difference`."""
+        """log p(x) - log p(y), ``[..., d]`` twice -> ``[...]``.
+
+        ``nodes`` of the quadrature as in :func:`energy_difference`.
+        """
         return energy_difference(self.score, x, y, nodes=nodes)
 
     def sample(
@@ -263,6 +266,9 @@ class RegularizedAutoencoder(Model):
                 random walk; ``step^2 / (2 sigma^2)``: Langevin.
             **options: nodes, temperature, thinning, burn_in, accept_all, generator of
                 :func:`sample_chains`.
+
+        Returns:
+            As :func:`sample_chains`.
         """
         drift = blend * self.sigma**2
         return sample_chains(
@@ -320,6 +326,9 @@ class RegularizedAutoencoder(Model):
         Args:
             generator: of all random numbers.
             lengths: of the sequences the points stand in; three, one of them empty, if None.
+
+        Returns:
+            What ``loss`` takes.
 
         Raises:
             ValueError: if the model's points are not of the plane.

@@ -157,7 +157,7 @@ class SkeletonMae(Model):
                 encoder.load_state_dict(_below("encoder.", pretrained))
 
     def embedded(self, tokens: PackedBatch) -> Tensor:
-        """Poses ``[N, V, 2]`` or ``[N, P, V, 2]`` -> ``[..., D]``.
+        """``tokens``, poses ``[N, V, 2]`` or ``[N, P, V, 2]`` -> ``[..., D]``.
 
         Raises:
             ValueError: if poses have another shape than the task's.
@@ -173,13 +173,13 @@ class SkeletonMae(Model):
         return self.embed(tokens.data.to(self.embed.weight.dtype))
 
     def hidden_by(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Embedded joints ``[N, V, D]`` with the mask token at ``rows``, int64 ``[M]``."""
+        """Embedded joints x ``[N, V, D]`` with the mask token at ``rows``, int64 ``[M]``."""
         hidden = torch.zeros(x.shape[0] * x.shape[1], dtype=torch.bool, device=x.device)
         hidden = hidden.index_fill(0, rows, True).view(x.shape[0], x.shape[1], 1)
         return torch.where(hidden, self.mask_token.to(x.dtype), x)
 
     def reconstruct(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Embedded joints ``[N, V, D]``, those at ``rows`` hidden, -> their rebuilt form.
+        """Embedded joints x ``[N, V, D]``, those at ``rows`` hidden, -> their rebuilt form.
 
         Returns:
             ``[N, V, D]``, or with ``rows`` the hidden joints' ``[M, D]``.
@@ -190,7 +190,7 @@ class SkeletonMae(Model):
         return y if rows is None else ops.gather_rows(y.flatten(0, 1), rows)
 
     def features(self, tokens: PackedBatch) -> Tensor:
-        """Poses ``[N, P, V, 2]`` -> one row per clip, ``[B, D]``; zeros for an empty one.
+        """``tokens``, poses ``[N, P, V, 2]`` -> a row per clip, ``[B, D]``; zeros if it is empty.
 
         Raises:
             ValueError: for a clip longer than ``num_frames``.
@@ -254,6 +254,9 @@ class SkeletonMae(Model):
         Args:
             tokens: poses ``[N, V, 2]``.
             generator: of the draw, on any device.
+
+        Returns:
+            The poses with the joints to rebuild.
         """
         c, draw = self.config, {"generator": generator, "device": tokens.device}
         if c.masking == "joints":
@@ -277,6 +280,9 @@ class SkeletonMae(Model):
         Args:
             generator: of all random numbers.
             lengths: of the clips, in frames; some of up to 32, one of them 0, if None.
+
+        Returns:
+            What ``loss`` takes.
 
         Raises:
             ValueError: if the joints are not COCO's 17 in two dimensions.

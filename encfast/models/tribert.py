@@ -163,12 +163,12 @@ class TriBert(Model):
         return self.embed.word
 
     def hidden(self, tokens: PackedBatch) -> PackedBatch:
-        """Ids ``[N]`` of sentences -> last hidden rows ``[N, C]``."""
+        """``tokens``, ids ``[N]`` of sentences -> last hidden rows ``[N, C]``."""
         x: PackedBatch = self.stack(self.embed(tokens))  # [N, C]
         return x
 
     def forward(self, tokens: PackedBatch) -> Tensor:
-        """Ids ``[N]`` of B sentences -> embeddings ``[B, C]`` of length 1; zeros of an empty one.
+        """``tokens``, ids ``[N]`` of B sentences -> ``[B, C]`` of length 1; zeros of empty ones.
 
         Raises:
             ValueError: if a sentence is longer than the position table.
@@ -176,7 +176,7 @@ class TriBert(Model):
         return pool(self.hidden(tokens), "mean", normalize=True)  # [B, C]
 
     def loss(self, batch: TripletBatch) -> Losses:
-        """Mean over triplets of ``max(0, |a - p| - |a - n| + margin)``; 0 if there are none.
+        """Mean over triplets of ``batch`` of ``max(0, |a - p| - |a - n| + margin)``, or 0.
 
         Every sentence is encoded once, however many triplets it is in.
         """
@@ -202,6 +202,9 @@ class TriBert(Model):
             prototype: p; the config's if None.
             k: K; the config's if None.
 
+        Returns:
+            int64 ``[essays, K]``.
+
         Raises:
             ValueError: if the essays have another number of sentences.
         """
@@ -224,6 +227,9 @@ class TriBert(Model):
             generator: of all random numbers.
             lengths: of the sentences; some, one of them 0, if None. The authors take turns; fewer
                 than three sentences have no triplet but that of each with itself.
+
+        Returns:
+            What ``loss`` takes.
         """
         if lengths is None:
             longest = min(24, self.config.max_positions)

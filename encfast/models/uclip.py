@@ -140,11 +140,11 @@ class Uclip(Model):
         return self.clip(F.normalize(features, dim=-1))
 
     def embed_sentences(self, features: Tensor) -> Tensor:
-        """The sentence encoder's ``[B, E]`` -> ``[B, embed_dim]`` of length 1, without noise."""
+        """Sentences' ``features`` ``[B, E]`` -> ``[B, embed_dim]`` of length 1, without noise."""
         return self.multilingual(F.normalize(features, dim=-1))
 
     def perturbed(self, features: Tensor) -> Tensor:
-        """Features ``[B, D]`` with fresh noise while training, of length 1."""
+        """``features`` ``[B, D]`` with fresh noise while training, of length 1."""
         if self.training and self.noise_std:
             features = features + self.noise_std * torch.randn_like(features)
         return F.normalize(features, dim=-1)
@@ -180,7 +180,10 @@ class Uclip(Model):
     def example_batch(
         self, generator: torch.Generator | None = None, *, batch_size: int = 4
     ) -> Anchors:
-        """Features of random sentences that retrieve from random banks, on the CPU."""
+        """Features of ``batch_size`` random sentences that retrieve from random banks, on the CPU.
+
+        All numbers are drawn from ``generator``.
+        """
         c = self.config
 
         def drawn(count: int, dim: int) -> Tensor:

@@ -131,7 +131,7 @@ class VivitConfig:
         )
 
     def blocks(self, depth: int) -> list[BlockConfig]:
-        """Of each block of a transformer."""
+        """The configs of the ``depth`` blocks of a transformer."""
         return with_drop_path(self.block(), self.drop_path, depth)
 
 
@@ -243,6 +243,9 @@ class Vivit(Model):
 
         Args:
             features: as :meth:`features` returns them.
+
+        Returns:
+            ``[B, K]``.
 
         Raises:
             ValueError: for a clip that is longer than the position table.
@@ -359,6 +362,9 @@ class Vivit(Model):
         Args:
             generator: of all random numbers.
             lengths: time indices of each clip; three clips, one of them empty, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         c, draw = self.config, {"generator": generator}
         lengths = [c.time, 0, 1 + c.time // 2] if lengths is None else lengths

@@ -132,7 +132,7 @@ class VlJepa(Model):
 
     @torch.no_grad()
     def see(self, clips: PackedBatch) -> PackedBatch:
-        """X: frames ``[N, C, H, W]`` -> rows ``[T * P, C]``, for as many queries as one likes.
+        """X: ``clips``, frames ``[N, C, H, W]`` -> rows ``[T * P, C]``, for any queries.
 
         Raises:
             ValueError: for frames of another size, or (on the CPU) a clip whose length is no
@@ -141,7 +141,7 @@ class VlJepa(Model):
         return self.vision(clips)
 
     def predict(self, seen: PackedBatch, query: PackedBatch | None = None) -> Tensor:
-        """What :meth:`see` returned and ids ``[N]`` -> ``[B, E]``, unit length."""
+        """``seen``, of :meth:`see`, and ``query``, ids ``[N]`` -> ``[B, E]``, unit length."""
         if query is not None:
             query = query.with_data(self.tokens(query.data))
         return self.predictor(seen, query)
@@ -153,13 +153,16 @@ class VlJepa(Model):
             clips: frames ``[N, C, H, W]``, floating or uint8.
             query: ids ``[N]`` of B texts; None: captioning.
 
+        Returns:
+            ``[B, E]``.
+
         Raises:
             ValueError: as :meth:`see`; for another number of queries.
         """
         return self.predict(self.see(clips), query)
 
     def embed_text(self, tokens: PackedBatch) -> Tensor:
-        """Y: ids ``[N]`` of B texts -> ``[B, E]``, unit length."""
+        """Y: ``tokens``, ids ``[N]`` of B texts -> ``[B, E]``, unit length."""
         return self.text(tokens)
 
     # Training.
@@ -209,6 +212,9 @@ class VlJepa(Model):
         Args:
             clips, query: as in a call.
             candidates: ids ``[N]`` of K texts for Y.
+
+        Returns:
+            ``[B, K]``, in -1..1.
         """
         return self(clips, query) @ self.embed_text(candidates).t()
 
@@ -222,6 +228,9 @@ class VlJepa(Model):
             texts: ids ``[N]`` for Y.
             clips: as in a call.
             prompt: what asks for a caption, as the query of a call; None: stage 1's, none.
+
+        Returns:
+            ``[Q, B]``, in -1..1.
         """
         return self.embed_text(texts) @ self(clips, prompt).t()
 
@@ -229,7 +238,7 @@ class VlJepa(Model):
     def generate(self, embeddings: Tensor, *, max_new_tokens: int = 64) -> list[Tensor]:
         """Texts of embeddings ``[B, E]``: B tensors of ids, each with its eos if it came.
 
-        ``decoder.calls`` counts the embeddings.
+        ``decoder.calls`` counts the embeddings; a text is cut behind ``max_new_tokens``.
 
         Raises:
             ValueError: if the model was built without a decoder.
@@ -249,6 +258,9 @@ class VlJepa(Model):
             frames: ``[T, C, H, W]``.
             window, stride: frames; see :func:`windows`.
             chunk: windows in one pass.
+
+        Returns:
+            ``[S, E]``, of length 1.
         """
         clips = windows(frames, window, stride)
         parts = clips.data.split(chunk * window)
@@ -269,6 +281,9 @@ class VlJepa(Model):
             width: of the smoothing, odd.
             max_new_tokens: of a text.
 
+        Returns:
+            The texts, and the segment of each embedding.
+
         Raises:
             ValueError: for another number of segments or width; without a decoder.
         """
@@ -284,6 +299,9 @@ class VlJepa(Model):
         Args:
             generator: of all random numbers.
             lengths: time indices of each clip; three clips, one of them empty, if None.
+
+        Returns:
+            What ``loss`` takes.
         """
         return example_batch(self.config, generator, lengths)
 

@@ -90,7 +90,21 @@ __all__ = [
 
 
 def backends(stem: str) -> dict[str, str]:
-    """Device type -> 'native', 'triton' or 'reference: why', for one of `OPS`."""
+    """Device type -> 'native', 'triton' or 'reference: why'.
+
+    Args:
+        stem: one of `OPS`.
+
+    Returns:
+        An entry for each type of device that some backend of the op knows.
+
+    Raises:
+        ValueError: for another name.
+
+    Examples:
+        >>> sorted(ops.backends("varlen_attn"))
+        ['cpu', 'cuda']
+    """
     if stem not in OPS:
         raise ValueError(f"ops.backends: {stem!r} is not an op, expected one of {', '.join(OPS)}")
     return importlib.import_module(f".{stem}", __name__).backends()

@@ -281,6 +281,12 @@ def add_norm(
     Numerics: float32 inside, the variance by a second pass over the row. Gradients of parameters
     are summed in float32 over groups of rows, then over the groups in their order. Bit-equal from
     run to run and for any number of threads; no atomics. Autocast casts nothing.
+
+    Examples:
+        >>> x, residual = torch.randn(3, 8), torch.randn(3, 8)
+        >>> normed = ops.add_norm(x, residual, torch.ones(8), kind="rmsnorm")
+        >>> torch.allclose(normed.square().mean(1), torch.ones(3), atol=1e-3)
+        True
     """
     _check(x, residual, weight, bias, branch_scale, kind, eps)
     plain = residual is None and branch_scale is None

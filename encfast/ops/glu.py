@@ -162,6 +162,12 @@ def glu(
     Numerics: float32 inside, rounded once. The gradient of bias is summed in float32 over groups of
     rows, then over the groups in their order. Bit-equal from run to run and for any number of
     threads; no atomics. Autocast casts nothing.
+
+    Examples:
+        >>> ops.glu(torch.tensor([[-1.0, 2.0, 10.0, 10.0]]), activation="relu")
+        tensor([[ 0., 20.]])
+        >>> ops.glu(torch.tensor([[-1.0, 2.0]]), activation="relu", gated=False)
+        tensor([[0., 2.]])
     """
     _check(x, bias, activation, gated, activated)
     return torch.ops.encfast.glu(x, bias, activation, gated, activated == "second")

@@ -200,6 +200,13 @@ def grouped_mm(
     Numerics: products are added in float32 and rounded once; the bias is added before. Gradients
     likewise. Bit-equal from run to run and for any number of threads; no atomics. Autocast casts
     nothing.
+
+    Examples:
+        >>> x, weight = torch.ones(3, 2), torch.stack([torch.eye(2), 5 * torch.eye(2)])
+        >>> ops.grouped_mm(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32))
+        tensor([[1., 1.],
+                [5., 5.],
+                [5., 5.]])
     """
     _check(x, weight, cu_seqlens, bias)
     return torch.ops.encfast.grouped_mm(x, weight, cu_seqlens, bias)

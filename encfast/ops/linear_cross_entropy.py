@@ -348,6 +348,13 @@ def linear_cross_entropy(
     their gradient rounded to x's dtype once. Everything else is float32. The same bits in every
     run with the same number of threads; with another number, as far as PyTorch's products give the
     same. Gradients of x, weight, bias and weights; no atomics. Autocast casts nothing.
+
+    Examples:
+        >>> x, head = torch.randn(5, 8), torch.nn.Linear(8, 100)
+        >>> targets = torch.tensor([3, -100, 7, -100, 99])  # two rows that cost nothing
+        >>> loss = ops.linear_cross_entropy(x, head.weight, targets, head.bias)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(x), targets))
+        True
     """
     _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
     check_weights("linear_cross_entropy", weights, x, targets.shape[0])

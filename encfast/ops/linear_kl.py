@@ -230,6 +230,13 @@ def linear_kl(
 
     Numerics: as linear_cross_entropy. Gradients of x, weight, bias and weights, none of the
     teacher's.
+
+    Examples:
+        >>> x, weight = torch.randn(5, 8), torch.randn(100, 8)
+        >>> abs(ops.linear_kl(x, weight, x, weight).item()) < 1e-5
+        True
+        >>> ops.linear_kl(x, weight, torch.randn(5, 8), weight) > 0
+        tensor(True)
     """
     _check(x, weight, teacher_x, teacher_weight, bias, teacher_bias, temperature)
     check_weights("linear_kl", weights, x, x.shape[0])

@@ -168,6 +168,12 @@ def linear_seg_max(
     rounded to bfloat16 once; else in float32. Everything else is float32, gradients are summed in
     order. The same bits in every run with the same number of threads; with another number, as far
     as PyTorch's products give the same. No atomics. Autocast casts nothing.
+
+    Examples:
+        >>> x, weight = torch.eye(3), torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, -1.0]])
+        >>> ops.linear_seg_max(x, weight, torch.tensor([0, 2, 3], dtype=torch.int32))
+        tensor([[ 2.,  9.],
+                [ 3., -1.]])
     """
     _check(x, weight, cu_seqlens, bias)
     return torch.ops.encfast.linear_seg_max(x, weight, cu_seqlens, bias)[0]

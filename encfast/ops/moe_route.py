@@ -285,6 +285,14 @@ def route_tokens(
             less, or NaN in the logits of a token.
 
     Numerics: float32. Choices and places are exact, and equal for any number of threads.
+
+    Examples:
+        >>> routing = ops.route_tokens(torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]), 2)
+        >>> routing.expert_ids
+        tensor([[1, 2],
+                [0, 2]], dtype=torch.int32)
+        >>> routing.cu_seqlens  # where the rows of each expert begin
+        tensor([0, 1, 2, 4], dtype=torch.int32)
     """
     rule = renormalise
     if not isinstance(rule, str):
@@ -306,8 +314,16 @@ def sort_choices(expert_ids: Tensor, gates: Tensor, num_experts: int) -> Routing
         gates: float32 [N, K]: what each choice weighs, 0 beside -1.
         num_experts: E.
 
+    Returns:
+        The routing, without probabilities.
+
     Raises:
         TypeError, ValueError: a malformed argument, or an id out of range.
+
+    Examples:
+        >>> ids = torch.tensor([[1], [0], [1]], dtype=torch.int32)
+        >>> ops.sort_choices(ids, torch.ones(3, 1), 2).rows
+        tensor([1, 0, 2], dtype=torch.int32)
     """
     check_expert_ids("sort_choices", expert_ids, num_experts)
     check_gates("sort_choices", gates, expert_ids)
@@ -330,6 +346,15 @@ def permute_rows(x: Tensor, routing: Routing) -> Tensor:
         TypeError, ValueError: a malformed argument.
 
     Numerics: a copy. The gradient sums a token's rows in float32, first choice first, rounded once.
+
+    Examples:
+        >>> routing = ops.route_tokens(torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 1.0]]), 1)
+        >>> ops.permute_rows(torch.tensor([[10.0], [20.0], [30.0]]), routing)
+        tensor([[20.],
+                [10.],
+                [30.]])
+        >>> routing.cu_seqlens
+        tensor([0, 1, 3], dtype=torch.int32)
     """
     check_permute("permute_rows", "x", x, None, routing.rows, routing.slots)
     return torch.ops.encfast.moe_permute(x, routing.rows, routing.slots)
@@ -352,6 +377,13 @@ def unpermute_rows(y: Tensor, routing: Routing, *, gates: Tensor | None = None) 
 
     Numerics: float32 inside, first choice first, rounded once. The gradient of a gate is the
     product of two rows, summed in float32; no atomics, equal for any number of threads.
+
+    Examples:
+        >>> routing = ops.route_tokens(torch.randn(5, 3), 2, renormalise=True)
+        >>> x = torch.randn(5, 4)
+        >>> y = ops.permute_rows(x, routing)  # experts that change nothing
+        >>> torch.allclose(ops.unpermute_rows(y, routing), x, atol=1e-6)
+        True
     """
     weights = routing.gates if gates is None else gates
     check_permute("unpermute_rows", "y", y, routing.rows.shape[0], routing.rows, routing.slots)
@@ -372,6 +404,11 @@ def jitter_rows(x: Tensor, amount: float, *, rng: Tensor | None = None) -> Tenso
 
     Raises:
         TypeError, ValueError: a malformed argument.
+
+    Examples:
+        >>> x = torch.ones(2, 3)
+        >>> bool(((ops.jitter_rows(x, 0.01) - x).abs() <= 0.01).all())
+        True
     """
     op = "jitter_rows"
     check_tensor(op, "x", x, 2, "[N, C]")

@@ -245,6 +245,13 @@ def pack_linear(weight: Tensor, *, format: str) -> Tensor:
     Raises:
         TypeError, ValueError: a malformed argument, a non-finite weight for int8 (on the CPU), or a
             weight that requires grad outside of no_grad.
+
+    Examples:
+        >>> weight = torch.randn(16, 8)
+        >>> packed = ops.pack_linear(weight, format="fp32")
+        >>> x = torch.randn(3, 8)
+        >>> torch.allclose(ops.packed_linear(x, packed, 16, format="fp32"), x @ weight.T, atol=1e-5)
+        True
     """
     _check_weight(weight, format)
     _check_no_grad("pack_linear", weight=weight)
@@ -291,6 +298,15 @@ def packed_linear(
 
     Numerics: module docstring. bias, residual, norm_weight and norm_bias may be of any of the three
     dtypes and are used in float32. Bit-equal for any number of threads and rows.
+
+    Examples:
+        >>> layer, x = torch.nn.Linear(8, 16), torch.randn(3, 8)
+        >>> with torch.no_grad():
+        ...     packed = ops.pack_linear(layer.weight, format="fp32")
+        ...     options = {"format": "fp32", "bias": layer.bias, "activation": "relu"}
+        ...     out = ops.packed_linear(x, packed, 16, **options)
+        ...     torch.allclose(out, layer(x).relu(), atol=1e-5)
+        True
     """
     _check(
         x, packed, out_features, format, bias, activation, gated, residual, norm, norm_weight,

@@ -175,6 +175,12 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: a malformed argument or an index outside of -1..n - 1.
+
+    Examples:
+        >>> ops.gather_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, -1, 1]))
+        tensor([[3, 4],
+                [0, 0],
+                [3, 4]])
     """
     _check_rows("gather_rows", x, "index", index, -1)
     return torch.ops.encfast.gather_rows(x, index)
@@ -187,8 +193,17 @@ def select_rows(x: Tensor, rows: Tensor) -> Tensor:
         x: [N, ...], any dtype.
         rows: [M] int64 in 0..N - 1, in any order.
 
+    Returns:
+        [M, ...] in the dtype of x, contiguous.
+
     Raises:
         TypeError, ValueError: a malformed argument or a row outside of 0..N - 1.
+
+    Examples:
+        >>> ops.select_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([1, 1, 0]))
+        tensor([[3, 4],
+                [3, 4],
+                [1, 2]])
     """
     _check_rows("select_rows", x, "rows", rows, 0)
     return torch.ops.encfast.gather_rows(x, rows)
@@ -203,8 +218,18 @@ def scatter_rows(x: Tensor, rows: Tensor, n: int) -> Tensor:
             then be float32, bfloat16, float16, float64, int32 or int64.
         n: rows of the result.
 
+    Returns:
+        [n, ...] in the dtype of x, contiguous.
+
     Raises:
         TypeError, ValueError: a malformed argument or a row outside of 0..n - 1.
+
+    Examples:
+        >>> ops.scatter_rows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 0]), 4)
+        tensor([[3, 4],
+                [0, 0],
+                [1, 2],
+                [0, 0]])
     """
     _check_count("scatter_rows", "n", n)
     _check_rows("scatter_rows", x, "rows", rows, 0, n)
@@ -225,6 +250,10 @@ def find_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: a malformed argument, or a mask value other than 0 and 1.
+
+    Examples:
+        >>> ops.find_rows(torch.tensor([[True, False, True], [False, True, False]]))
+        (tensor([ 0,  2,  4, -1, -1, -1]), tensor([0, 2, 3], dtype=torch.int32))
     """
     _check_mask("find_rows", mask)
     return torch.ops.encfast.find_rows(mask)
@@ -245,6 +274,12 @@ def unpad(x: Tensor, mask: Tensor) -> Unpadded:
 
     Raises:
         TypeError, ValueError: a malformed argument, or a mask value other than 0 and 1.
+
+    Examples:
+        >>> x, mask = torch.tensor([[5, 6, 0], [7, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> rows = ops.unpad(x, mask)
+        >>> rows.data, rows.cu_seqlens, rows.max_seqlen
+        (tensor([5, 6, 7]), tensor([0, 2, 3], dtype=torch.int32), 2)
     """
     _check_grid(x, mask)
     indices, cu_seqlens = torch.ops.encfast.find_rows(mask)
@@ -299,6 +334,11 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, fill: float | None 
 
     Raises:
         TypeError, ValueError: a malformed argument, an index outside of 0..B * S - 1 or repeated.
+
+    Examples:
+        >>> ops.pad(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 3]), 2, 3)
+        tensor([[7, 8, 0],
+                [9, 0, 0]])
     """
     _check_count("pad", "batch", batch)
     _check_count("pad", "seqlen", seqlen)

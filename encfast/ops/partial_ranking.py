@@ -227,6 +227,13 @@ def hard_negatives(
 
     Numerics: products in float32. Equal for any number of threads. The CPU needs 960 D floats and,
     for each of its 192 rows per thread, 2 k + 256 entries of 8 bytes, beside inputs and result.
+
+    Examples:
+        >>> a, b = torch.eye(3), torch.tensor([[1.0, 0.9, 0.0], [0.5, 1.0, 0.2], [0.1, 0.3, 1.0]])
+        >>> ops.hard_negatives(a, b, 2)
+        tensor([[1, 2],
+                [0, 2],
+                [1, 0]])
     """
     op = "hard_negatives"
     check_features(op, a, "b", b)
@@ -254,6 +261,12 @@ def candidate_dots(a: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
     Numerics: float32 sums, bit-equal for any number of threads; no atomics. From 8 K >= M on the
     CPU computes all M products, 96 rows of a at a time, in 96 M floats per thread and M D of
     workspace (backward: 192 M + 2 M D); below, those asked for.
+
+    Examples:
+        >>> a, b = torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> ops.candidate_dots(a, b, torch.tensor([[0, 2], [1, 1]]))
+        tensor([[1., 5.],
+                [4., 4.]])
     """
     check_features("candidate_dots", a, "b", b)
     _check_candidates("candidate_dots", candidates, a, b)
@@ -291,6 +304,14 @@ def partial_ranking(
     Numerics: products in float32, sums of exponentials in float64 relative to a reference that
     follows the largest logit, their logarithms in two floats; finite at any finite logits. Memory
     is 2 [B, K] floats beside that of :func:`candidate_dots`. Deterministic.
+
+    Examples:
+        >>> a, b = torch.randn(2, 8), torch.randn(5, 8)
+        >>> mined = ops.hard_negatives(a, b, 3)
+        >>> candidates, valid = ops.teacher_order(mined, torch.randn(2, 3), top_m=2)
+        >>> loss = ops.partial_ranking(a, b, logit_scale=10.0, candidates=candidates, valid=valid)
+        >>> loss.shape
+        torch.Size([])
     """
     op = "partial_ranking"
     check_features(op, a, "b", b)
@@ -338,6 +359,11 @@ def teacher_order(
     Raises:
         TypeError, ValueError: an argument is malformed, a score is NaN, or there is more than one
             rule.
+
+    Examples:
+        >>> candidates, scores = torch.tensor([[7, 8, 9]]), torch.tensor([[0.1, 0.9, 0.5]])
+        >>> ops.teacher_order(candidates, scores, threshold=0.4)
+        (tensor([[8, 9, 7]]), tensor([2]))
     """
     _check_order(candidates, scores, threshold, top_m, mask)
     ranked, order = scores.sort(dim=1, descending=True, stable=True)

@@ -229,6 +229,14 @@ def select_patches(
 
     Raises:
         TypeError, ValueError: a malformed argument, or a `keep` outside of 0..P.
+
+    Examples:
+        >>> noise = torch.tensor([[0.3, 0.1, 0.9, 0.2], [0.8, 0.7, 0.1, 0.6]])
+        >>> chosen = ops.select_patches(noise, 2)
+        >>> chosen.visible, chosen.cu_keep
+        (tensor([1, 3, 6, 7]), tensor([0, 2, 4], dtype=torch.int32))
+        >>> chosen.restore
+        tensor([-1,  0, -1,  1, -1, -1,  2,  3])
     """
     op = "select_patches"
     check_tensor(op, "noise", noise)
@@ -305,6 +313,12 @@ def gather_patches(
             id outside of 0..B * P - 1.
 
     Numerics: float32 inside, rounded once.
+
+    Examples:
+        >>> image = torch.arange(16, dtype=torch.float32).view(1, 1, 4, 4)
+        >>> ops.gather_patches(image, torch.tensor([3, 0]), (2, 2))
+        tensor([[10., 11., 14., 15.],
+                [ 0.,  1.,  4.,  5.]])
     """
     check_tensor("gather_patches", "image", image)
     patch = tuple(patch)
@@ -328,8 +342,17 @@ def fold_patches(
         shape: (B, C, *size) of the result.
         patch, channels_last: as in `gather_patches`.
 
+    Returns:
+        `shape`, in the dtype of rows.
+
     Raises:
         TypeError, ValueError: rows of another shape, or sizes that the patch does not divide.
+
+    Examples:
+        >>> image = torch.randn(2, 3, 8, 8)
+        >>> rows = ops.gather_patches(image, None, (4, 4))
+        >>> torch.equal(ops.fold_patches(rows, image.shape, (4, 4)), image)
+        True
     """
     op, patch = "fold_patches", tuple(patch)
     check_tensor(op, "rows", rows, 2, "[B * P, C * prod(patch)]")
@@ -367,6 +390,13 @@ def restore_rows(
 
     Numerics: sums in float32, rounded once. Gradients of fill and add are summed in float32 in a
     fixed order: bit-equal from run to run and for any number of threads.
+
+    Examples:
+        >>> mask_token = torch.tensor([0.5])
+        >>> ops.restore_rows(torch.tensor([[1.0], [2.0]]), torch.tensor([0, -1, 1]), mask_token)
+        tensor([[1.0000],
+                [0.5000],
+                [2.0000]])
     """
     check_restore(x, index, fill, add, add_index)
     return torch.ops.encfast.restore_rows(x, index, fill, add, add_index)
@@ -388,8 +418,16 @@ def masked_norm(
         rows: [M] int64 in 0..N - 1, each at most once: the visible ones.
         weight, bias, kind, eps: as in `add_norm`.
 
+    Returns:
+        [N, C] in the dtype of x.
+
     Raises:
         TypeError, ValueError: a malformed argument, or a row out of range.
+
+    Examples:
+        >>> ops.masked_norm(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([1]), eps=0.0)
+        tensor([[ 0.,  0.],
+                [-1.,  1.]])
     """
     normed = add_norm(gather_rows(x, rows), None, weight, bias, kind=kind, eps=eps)
     assert isinstance(normed, Tensor)

@@ -286,6 +286,14 @@ def info_nce(
     once, for products of that dtype. Bit-equal from run to run and for any number of threads; no
     atomics. Autocast casts nothing. Beside inputs and gradients the CPU needs about (4 D + 960) 960
     floats, and D floats a row of a for gradients in 16 bits.
+
+    Examples:
+        >>> a = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1).requires_grad_()
+        >>> loss = ops.info_nce(a, a.detach(), logit_scale=10.0)
+        >>> logits = 10.0 * a @ a.T
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(logits, torch.arange(4)))
+        True
+        >>> loss.backward()
     """
     op = "info_nce"
     check_features(op, a, "b", b)
@@ -340,6 +348,11 @@ def siglip(
             values in a compiled graph.
 
     Numerics: as `info_nce`.
+
+    Examples:
+        >>> a = torch.eye(3)
+        >>> ops.siglip(a, a, logit_scale=20.0, logit_bias=-10.0) < 0.01
+        tensor(True)
     """
     op = "siglip"
     check_features(op, a, "b", b)

@@ -187,6 +187,12 @@ def rotary(
         RuntimeError: a position outside of the tables met by the native kernel in compiled code.
 
     Numerics: float32 inside, one rounding. Bit-equal for any number of threads.
+
+    Examples:
+        >>> x, angles = torch.ones(2, 1, 2), torch.tensor([[0.0], [torch.pi / 2]])
+        >>> ops.rotary(x, angles.cos(), angles.sin())[:, 0].round(decimals=3)
+        tensor([[ 1.,  1.],
+                [-1.,  1.]])
     """
     _check("rotary", {"x": x}, cos, sin, positions, interleaved, conjugate)
     return torch.ops.encfast.rotary(x, None, cos, sin, positions, interleaved, conjugate)[0]
@@ -217,6 +223,13 @@ def rotary_qk(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `rotary`.
+
+    Examples:
+        >>> angles = torch.rand(5, 8)
+        >>> q, k = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
+        >>> turned, _ = ops.rotary_qk(q, k, angles.cos(), angles.sin())
+        >>> torch.equal(turned, ops.rotary(q, angles.cos(), angles.sin()))
+        True
     """
     _check("rotary_qk", {"q": q, "k": k}, cos, sin, positions, interleaved, conjugate)
     return torch.ops.encfast.rotary(q, k, cos, sin, positions, interleaved, conjugate)

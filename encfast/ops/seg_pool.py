@@ -220,6 +220,18 @@ def seg_pool(
 
     Numerics: sums and norms in float32, rounded once. Bit-equal from run to run and for any number
     of threads; no atomics.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 5.0]])
+        >>> cu_seqlens = torch.tensor([0, 2, 2, 3], dtype=torch.int32)  # the second is empty
+        >>> ops.seg_pool(x, cu_seqlens, "mean")
+        tensor([[2., 4.],
+                [0., 0.],
+                [5., 5.]])
+        >>> ops.seg_pool(x, cu_seqlens, "max")
+        tensor([[3., 6.],
+                [0., 0.],
+                [5., 5.]])
     """
     _check(x, cu_seqlens, weights, how)
     return torch.ops.encfast.seg_pool(x, cu_seqlens, weights, how, normalize)[0]

@@ -297,6 +297,14 @@ def varlen_attn(
     Numerics: scores, softmax and sums in float32, for bfloat16 and float16 the probabilities are
     rounded to the input dtype before the second product. Bit-equal from run to run and for any
     number of threads; no atomics. Mixed dtypes compute in the promoted one; autocast casts nothing.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 5, 2, 16)  # 5 rows, 2 heads of 16
+        >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)  # of two sequences
+        >>> out = ops.varlen_attn(q, k, v, cu_seqlens)
+        >>> alone = ops.varlen_attn(q[3:], k[3:], v[3:], torch.tensor([0, 2], dtype=torch.int32))
+        >>> torch.equal(out[3:], alone)
+        True
     """
     check_arguments(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,

@@ -22,7 +22,8 @@ def moe_route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logits [N, E] -> gates, expert_ids, rows, slots, cu_seqlens, probabilities.
 
-    Experts are chosen in float32 whatever the dtype; everything else runs in float32 or wider.
+    Experts are chosen in float32 whatever the dtype; everything else runs in float32 or wider. The
+    arguments are those of `encfast.ops.route_tokens`, and rng, int64 [2]: Philox's seed and offset.
     """
     n, experts = logits.shape
     real = logits.new_ones(n, dtype=torch.bool) if mask is None else mask
@@ -68,7 +69,7 @@ def _order(x: Tensor) -> Tensor:
 def sort_choices(
     expert_ids: Tensor, experts: int, capacity: Tensor | None = None, keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """expert_ids [N, K] -> rows [N * K], slots [N, K], cu_seqlens [E + 1], all int32.
+    """expert_ids [N, K] -> rows [N * K], slots [N, K], cu_seqlens [E + 1], all int32; E = experts.
 
     The choices of an expert stand in the order (rank of the choice, token). It keeps the first
     `capacity` of them; with keys [N, K] those of (rank, key, token). An id of -1 is no choice.
@@ -118,7 +119,7 @@ def gates_of(probabilities: Tensor, expert_ids: Tensor, slots: Tensor, renormali
 
 
 def moe_permute(x: Tensor, rows: Tensor, top_k: int) -> Tensor:
-    """x [N, C] -> [N * K, C]: the token of each slot, 0 behind the kept ones."""
+    """x [N, C] -> [N * K, C], K = top_k: the token of each slot, by rows [N * K]; 0 behind them."""
     token = rows.clamp(min=0).long() // top_k
     return x.index_select(0, token).masked_fill(rows[:, None] < 0, 0)
 
@@ -126,7 +127,8 @@ def moe_permute(x: Tensor, rows: Tensor, top_k: int) -> Tensor:
 def moe_unpermute(y: Tensor, gates: Tensor | None, slots: Tensor) -> Tensor:
     """y [N * K, C] -> [N, C]: the sum over a token's kept choices, weighted by gates [N, K].
 
-    Half types are multiplied and summed in float32 and rounded once.
+    slots [N, K] say where a choice stands in y, -1 where it was dropped. Half types are multiplied
+    and summed in float32 and rounded once.
     """
     wide = torch.promote_types(y.dtype, torch.float32)
     parts = _rows_of_choices(y, slots).to(wide)
@@ -181,6 +183,9 @@ def _rows_of_choices(y: Tensor, slots: Tensor) -> Tensor:
 
 
 def moe_jitter(x: Tensor, rng: Tensor, amount: float) -> Tensor:
-    """x [N, C] times numbers uniform in (1 - amount, 1 + amount), in float32, rounded once."""
+    """x [N, C] times numbers uniform in (1 - amount, 1 + amount), in float32, rounded once.
+
+    The numbers are Philox's, of seed and offset in rng, int64 [2].
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * jitter(rng, x.shape[0], x.shape[1], amount).to(wide)).to(x.dtype)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def hard_negatives(a: Tensor, b: Tensor, k: int, positives: Tensor) -> Tensor:
-    """int64 [B, k]: the rows of b with the largest products, without the positive; the best first.
+    """int64 [B, k]: the rows of b with the largest products with each row of a, the best first.
 
-    Ties go to the lower row, NaN comes last.
+    The row in positives [B] is left out, -1 for none. Ties go to the lower row, NaN comes last.
     """
     products = (_wide(a) @ _wide(b).mT).nan_to_num(nan=-torch.inf, posinf=torch.inf)
     order = products.sort(dim=1, descending=True, stable=True).indices
@@ -20,7 +20,7 @@ def hard_negatives(a: Tensor, b: Tensor, k: int, positives: Tensor) -> Tensor:
 
 
 def candidate_dots(a: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
-    """[B, K]: products of each row of a with its own rows of b, in float32 or wider."""
+    """[B, K]: products of rows of a with the rows candidates [B, K] of b, in float32 or wider."""
     return torch.einsum("bd,bkd->bk", _wide(a), _wide(b)[candidates])
 
 
@@ -35,7 +35,7 @@ def candidate_dots_bwd(
 
 
 def partial_ranking(dots: Tensor, logit_scale: Tensor, valid: Tensor) -> Tensor:
-    """[B]: sums of log sum_{k >= j} exp(x_k) - x_j over the first `valid` of x = scale dots."""
+    """[B]: sums of log sum_{k >= j} exp(x_k) - x_j over the first `valid`, x = logit_scale dots."""
     x, keep = _logits(dots, logit_scale), _prefix(dots, valid)
     return (_suffix_sums(x) - x).where(keep, 0).sum(1)
 

@@ -14,7 +14,8 @@ def select_patches(
     """Of each sequence the rows with the least noise, the others, and where each row went.
 
     noise [N]; sequence b owns rows cu_seqlens[b] : cu_seqlens[b + 1] and keeps
-    cu_keep[b + 1] - cu_keep[b] of them. NaN counts as the largest; equals go by position.
+    cu_keep[b + 1] - cu_keep[b] of them. NaN counts as the largest; equals go by position. Rows are
+    listed in the order of their noise, or, ordered, in their own.
     """
     visible: list[Tensor] = []
     hidden: list[Tensor] = []
@@ -39,7 +40,11 @@ def gather_patches(
     shift: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """image [B, C, *size] -> rows [M, C * prod(patch)] of the patches b * P + p in ids [M]."""
+    """image [B, C, *size] -> rows [M, C * prod(patch)] of the patches b * P + p in ids [M].
+
+    Pixels are multiplied by scale [C] and shift [C] is added, None for no change, in float32 or
+    wider; the rows have this dtype. With channels_last a row is ordered [*patch, C].
+    """
     x = image.to(torch.promote_types(dtype, torch.float32))
     per_channel = (-1, *[1] * len(patch))
     if scale is not None:
@@ -50,7 +55,10 @@ def gather_patches(
 
 
 def unfold_patches(image: Tensor, patch: Sequence[int], channels_last: bool) -> Tensor:
-    """image [B, C, *size] -> all its patches [B * P, C * prod(patch)], the last axis fastest."""
+    """image [B, C, *size] -> all its patches [B * P, C * prod(patch)], the last axis fastest.
+
+    With channels_last a row is ordered [*patch, C].
+    """
     batch, channels, *size = image.shape
     cut = [n for pair in zip(_grid(size, patch), patch, strict=True) for n in pair]
     x = image.reshape(batch, channels, *cut)  # [B, C, G0, p0, G1, p1, ...]
@@ -62,7 +70,7 @@ def unfold_patches(image: Tensor, patch: Sequence[int], channels_last: bool) -> 
 def fold_patches(
     rows: Tensor, shape: Sequence[int], patch: Sequence[int], channels_last: bool
 ) -> Tensor:
-    """The inverse: [B * P, C * prod(patch)] -> [B, C, *size] of this shape."""
+    """The inverse of `unfold_patches`: rows [B * P, C * prod(patch)] -> `shape`."""
     batch, channels, *size = shape
     inner = (*patch, channels) if channels_last else (channels, *patch)
     x = rows.reshape(batch, *_grid(size, patch), *inner)

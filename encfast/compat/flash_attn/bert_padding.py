@@ -20,7 +20,7 @@ __all__ = [
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """Rows of input [n, ...] by number: [m, ...]. Gradients of a repeated row add."""
+    """Rows indices [m] of input [n, ...]: [m, ...]. Gradients of a repeated row add."""
     return ops.select_rows(input, indices.long())
 
 
@@ -33,7 +33,7 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 
 
 def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `index_first_axis`, and input for a residual connection around them."""
+    """The rows indices [m], as of `index_first_axis`, and input for a residual connection."""
     return ops.select_rows(input, indices.long()), input
 
 
@@ -104,5 +104,15 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Packed rows [N, ...] back to the grid [batch, seqlen, ...], zeros elsewhere."""
+    """Packed rows back to a grid, zeros elsewhere.
+
+    Args:
+        hidden_states: [N, ...].
+        indices: int64 [N], the place of each row in the flattened grid, as `unpad_input` gives it.
+        batch: B.
+        seqlen: S.
+
+    Returns:
+        [B, S, ...].
+    """
     return ops.pad(hidden_states, indices.long(), batch, seqlen)

@@ -1,17 +1,7 @@
 """flash-attn's attention functions. Shapes: B sequences of S rows or N packed rows, H heads of D.
 
 q is [B, S, H, D] or, in the varlen functions, [N, H, D]; k and v have Hk heads, H a multiple of Hk.
-Options are the same everywhere:
-
-- dropout_p: of the attention probabilities, 0 in evaluation.
-- softmax_scale: multiplies q k; 1 / sqrt(D) by default.
-- causal: the last query and the last key of a sequence are aligned.
-- window_size: (left, right), inclusive, -1 for no bound, around the aligned position.
-- softcap: scores become softcap * tanh(score / softcap); 0 for none.
-- alibi_slopes: float32 [H] or [B, H]; slope * distance to the aligned position is subtracted.
-- deterministic: accepted; results always are.
-- return_attn_probs: return (out, log-sum-exp, None) instead of out. The log-sum-exp is float32
-  [B, H, S], or [H, N] in the varlen functions.
+Options are the same everywhere, and `flash_attn_func` says what they mean.
 
 Errors that concern tensors come from `encfast.ops.varlen_attn`, which names them the same way.
 """
@@ -92,7 +82,32 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Attention of q [B, Sq, H, D] to k and v [B, Sk, Hk, D]: [B, Sq, H, D]."""
+    """Attention of q to k and v, batches of equal lengths.
+
+    Args:
+        q: [B, Sq, H, D].
+        k, v: [B, Sk, Hk, D].
+        dropout_p: of the attention probabilities, 0 in evaluation.
+        softmax_scale: multiplies q k; 1 / sqrt(D) by default.
+        causal: the last query and the last key of a sequence are aligned.
+        window_size: (left, right), inclusive, -1 for no bound, around the aligned position.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        alibi_slopes: float32 [H] or [B, H]; slope * distance to the aligned position is subtracted.
+        deterministic: accepted; results always are.
+        return_attn_probs: return (out, log-sum-exp, None) instead of out.
+
+    Returns:
+        [B, Sq, H, D]. The log-sum-exp is float32 [B, H, Sq].
+
+    Raises:
+        TypeError, ValueError: as `encfast.ops.varlen_attn`, which names the arguments the same way.
+
+    Examples:
+        >>> from encfast.compat.flash_attn import flash_attn_func
+        >>> q, k, v = torch.randn(3, 2, 5, 4, 16)  # 2 sequences of 5, 4 heads of 16
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 5, 4, 16])
+    """
     op = "flash_attn_func"
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     return _dense(op, q, k, v, rule, return_attn_probs)
@@ -109,7 +124,10 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Self-attention within qkv [B, S, 3, H, D], read in place: [B, S, H, D]."""
+    """Self-attention within qkv [B, S, 3, H, D], read in place: [B, S, H, D].
+
+    Options as in `flash_attn_func`.
+    """
     op = "flash_attn_qkvpacked_func"
     require_stack(op, "qkv", qkv, 5, 2, 3, "[B, S, 3, H, D]")
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -129,7 +147,10 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Attention of q [B, Sq, H, D] to kv [B, Sk, 2, Hk, D], read in place: [B, Sq, H, D]."""
+    """Attention of q [B, Sq, H, D] to kv [B, Sk, 2, Hk, D], read in place: [B, Sq, H, D].
+
+    Options as in `flash_attn_func`.
+    """
     op = "flash_attn_kvpacked_func"
     require_stack(op, "kv", kv, 5, 2, 2, "[B, S, 2, Hk, D]")
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -155,10 +176,31 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Attention of q [Nq, H, D] to k and v [Nk, Hk, D] within packed sequences: [Nq, H, D].
+    """Attention of q to k and v within packed sequences.
 
-    cu_seqlens_q and cu_seqlens_k are int32 [B + 1], running sums of the lengths from 0 to the
-    number of rows; max_seqlen_q and max_seqlen_k bound the lengths.
+    Options as in `flash_attn_func`.
+
+    Args:
+        q: [Nq, H, D].
+        k, v: [Nk, Hk, D].
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1], running sums of the lengths from 0 to the number
+            of rows.
+        max_seqlen_q, max_seqlen_k: bounds of the lengths.
+        block_table: of paged caches, refused.
+
+    Returns:
+        [Nq, H, D]. The log-sum-exp of `return_attn_probs` is float32 [H, Nq].
+
+    Raises:
+        TypeError, ValueError: as `encfast.ops.varlen_attn`.
+        NotImplementedError: for a block table.
+
+    Examples:
+        >>> from encfast.compat.flash_attn import flash_attn_varlen_func
+        >>> q, k, v = torch.randn(3, 5, 4, 16)
+        >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 3, 3).shape
+        torch.Size([5, 4, 16])
     """
     op = "flash_attn_varlen_func"
     refuse(op, "block_table", block_table, "gather the pages into k and v and pass None")
@@ -180,7 +222,10 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """Self-attention within packed sequences of qkv [N, 3, H, D], read in place: [N, H, D]."""
+    """Self-attention within packed sequences of qkv [N, 3, H, D], read in place: [N, H, D].
+
+    cu_seqlens and max_seqlen as in `flash_attn_varlen_func`, options as in `flash_attn_func`.
+    """
     op = "flash_attn_varlen_qkvpacked_func"
     require_stack(op, "qkv", qkv, 4, 1, 3, "[N, 3, H, D]")
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -205,7 +250,10 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_varlen_func` of q [Nq, H, D] and kv [Nk, 2, Hk, D], read in place."""
+    """`flash_attn_varlen_func` of q [Nq, H, D] and kv [Nk, 2, Hk, D], read in place.
+
+    Options as in `flash_attn_func`.
+    """
     op = "flash_attn_varlen_kvpacked_func"
     require_stack(op, "kv", kv, 4, 1, 2, "[N, 2, Hk, D]")
     rule = score_rule(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)

@@ -103,6 +103,9 @@ def apply_rotary_emb_qkv_(
 
     Returns:
         qkv.
+
+    Raises:
+        ValueError: for one table of k without the other.
     """
     op = "apply_rotary_emb_qkv_"
     heads_q, heads_k = _heads(op, qkv, num_heads_q)
@@ -151,7 +154,16 @@ def apply_rotary_emb_kv_(
     interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
-    """Rotates k within kv [B, S, 2, Hk, D], in place; v stays. Returns kv."""
+    """Rotates k within kv, in place; v stays.
+
+    Args:
+        kv: [B, S, 2, Hk, D].
+        cos, sin: [S, R / 2].
+        interleaved, seqlen_offsets: see `apply_rotary_emb`.
+
+    Returns:
+        kv.
+    """
     require_stack("apply_rotary_emb_kv_", "kv", kv, 5, 2, 2, "[B, S, 2, Hk, D]")
 
     def turn(kv: Tensor, conjugate: bool) -> None:
@@ -240,6 +252,9 @@ class RotaryEmbedding(nn.Module):
 
         Returns:
             qkv, or (q, kv).
+
+        Raises:
+            ValueError: for a tensor of offsets whose tables are not there, without ``max_seqlen``.
         """
         rows = max_seqlen
         if rows is None and isinstance(seqlen_offset, int):

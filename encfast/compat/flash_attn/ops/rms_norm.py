@@ -15,7 +15,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight [hidden_size]."""
+    """`rms_norm` with a learned weight [hidden_size].
+
+    Args:
+        hidden_size: C.
+        eps: added to the mean square.
+    """
 
     def __init__(
         self,

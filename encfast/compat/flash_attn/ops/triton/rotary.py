@@ -33,6 +33,9 @@ def apply_rotary(
         inplace: write the result into x, outside of autograd, and return x.
         conjugate: by minus the angle.
 
+    Returns:
+        Of x's shape; x itself with `inplace`.
+
     Raises:
         TypeError, ValueError: a malformed argument; a position outside of the tables.
     """
