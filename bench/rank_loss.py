@@ -26,6 +26,7 @@ from encfast import contrastive, ops, ref
 
 Found = tuple[Tensor, ...]  # loss, and the gradients of a, b and logit_scale
 TILE = 512
+HUGE = 32_768  # pairs: their matrix takes 4 GiB, and whoever holds it takes several
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,14 @@ class _Verify:
     """encfast's loss and gradients by the tolerance rule. Peers round logits to their dtype and sum
     in it, so for them loss and gradients of features need only be near."""
 
-    def __init__(self, loss: str) -> None:
-        self._loss = loss
+    def __init__(self, reference: Callable[[Inputs], Found]) -> None:
+        self._reference = reference
         self._known: tuple[Found, Found] | None = None
 
     def __call__(self, i: Inputs, variant: Variant, found: Found) -> Gate:
         if self._known is None:
             wide = Inputs(*(x.double() for x in (i.a, i.b, i.scale)))
-            self._known = _reference(self._loss, wide), _reference(self._loss, i)
+            self._known = self._reference(wide), self._reference(i)
         if not variant.ours:
             return _near(found, self._known[0], 1e-4 if i.a.dtype == torch.float32 else 0.1)
         # The gradient of the scale is a difference: of what positives and what all pairs pull.
@@ -211,14 +212,16 @@ def _spec(loss: str, n: int, d: int, dtype: torch.dtype, setting: Setting) -> Be
         ours = name == "encfast"
         return Variant(name, dtype, make, ours=ours, torch_products=not ours)
 
-    peers = _PEERS[loss]
+    peers, reference = _PEERS[loss], functools.partial(_reference, loss)
+    if n == HUGE:
+        peers, reference = {name: peers[name] for name in ("tiled", "encfast")}, _tiled
     rows = 2 * n if loss in _OF_ALL_ROWS else n
     return BenchSpec(
         name=f"rank_loss/{loss}-B{n}-D{d}-fwd+bwd-{short_name(dtype)}",
         title=f"{loss} fwd+bwd, {n} pairs, D={d}, {short_name(dtype)}",
         inputs=lambda: _inputs(n, d, dtype, setting.device),
         variants=tuple(variant(name, run) for name, run in peers.items()),
-        verify=_Verify(loss),
+        verify=_Verify(reference),
         # What is counted is what the formula needs; computing logits again is not.
         flops=lambda i: 6.0 * rows * rows * d,
         pairs=tuple(("encfast", peer) for peer in peers if peer != "encfast"),
@@ -231,10 +234,12 @@ def specs(setting: Setting) -> list[BenchSpec]:
     if setting.suite == "quick":
         return []
     tiny = setting.suite == "tiny"
+    sizes_of = {"info_nce": (1024, 4096, HUGE), "siglip": (1024, 4096)}
     found = []
     for loss in _PEERS:
-        sizes = (40,) if tiny else (2048,) if loss in _OF_ALL_ROWS else (1024, 4096)
+        sizes = (40,) if tiny else sizes_of.get(loss, (2048,))
         for n in sizes:
-            for dtype in (torch.float32, torch.bfloat16):
+            # The largest takes minutes, most of them in float64: once is enough.
+            for dtype in (torch.float32, torch.bfloat16)[: 1 if n == HUGE else 2]:
                 found.append(_spec(loss, n, 16 if tiny else 512, dtype, setting))
     return found

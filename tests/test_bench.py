@@ -81,6 +81,7 @@ def test_full_holds_quick():
     in_quick, in_full = ({spec.name.split("/")[0] for spec in specs} for specs in (quick, full))
     slow = {
         "linear_cross_entropy",
+        "linear_kl",
         "linear_seg_max",
         "partial_ranking",
         "rank_loss",
