@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(Path(__file__).parent))  # processes.py
+sys.path.append(str(Path(__file__).parent))  # processes.py, bench_schema.py
 
 
 def pytest_addoption(parser):

@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from bench_schema import check_schema
 
 from encfast.ops import LENT_CORES, OPS
 
@@ -90,41 +90,6 @@ def test_full_holds_quick():
     whole = {"bert-base", "frozen_in_time", "integrations", "moe", "vivit"}
     assert in_full == {*whole, *in_quick, *slow}
     assert len(full) > len(quick)
-
-
-def test_tiny_suite_end_to_end(with_peers, tmp_path):
-    """All tiny variants pass their gates; tables, summary, JSON and picture come out.
-
-    In a process of its own: the peers bring OpenMP runtimes whose threads a later fork (of a data
-    loader's worker) did not survive.
-    """
-    paths = {"json": tmp_path / "deep" / "x.json", "chart": tmp_path / "deep" / "x.png"}
-    argv = [text for kind, path in paths.items() for text in (f"--{kind}", str(path))]
-    command = [sys.executable, str(BENCH / "run.py"), "--suite", "tiny", "--threads", "2", *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "encfast fp32 / SDPA fp32 loop" in done.stdout and "GF/s" in done.stdout
-    assert paths["chart"].read_bytes().startswith(b"\x89PNG")
-    check_schema(json.loads(paths["json"].read_text()))
-
-
-def check_schema(found):
-    assert set(found) == {"schema", "environment", "results", "ratios", "targets"}
-    env = found["environment"]
-    wanted = {"date", "commit", "cpu", "cores", "threads", "clock", "roofs", "encfast", "device"}
-    assert wanted <= set(env)
-    assert env["encfast"]["versions"]["torch"] == torch.__version__
-    for result in found["results"]:
-        assert result["unit"] in ("tok/s", "GF/s", "GB/s") and result["work"]
-        for row in result["rows"]:
-            if row["missing"]:
-                assert "pip install" in row["missing"] and not row["ours"]
-                continue
-            assert row["gate"]["ok"] and row["gate"]["text"]
-            assert 0 < row["one"]["p10"] <= row["one"]["median"] <= row["one"]["p90"]
-            assert row["one"]["rounds"] >= 1  # fewer than MIN_ROUNDS where the machine is busy
-            assert row["rate"] > 0 and row["rate_many"] > 0
-    assert all(r["one"] > 0 and r["many"] > 0 for r in found["ratios"])
 
 
 def without_first_peer(monkeypatch) -> harness.BenchSpec:
