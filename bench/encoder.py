@@ -20,7 +20,7 @@ import runtimes
 import torch
 import torch.nn.functional as F
 from checkpoints import BERT_BASE, Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant
+from harness import BenchSpec, Call, Gate, Setting, Variant, cosine_gate
 from runtimes import Build, Infer, Runtime
 from shapes import (
     BERT_MAX_TOKENS,
@@ -222,9 +222,7 @@ def _verify(inputs: Inputs, variant: Variant, embeddings: Tensor) -> Gate:
     unit = F.normalize(embeddings.float(), dim=-1)
     cosine = (unit * inputs.expected).sum(-1).min().item()
     bar = (MIN_COSINE if variant.ours else MIN_COSINE_OF_PEERS)[variant.dtype]
-    if cosine >= bar:
-        return Gate(True, f"min cosine {cosine:.7f}")
-    return Gate(False, f"min cosine {cosine:.7f}, expected at least {bar}")  # NaN ends here too
+    return cosine_gate(cosine, bar)
 
 
 def _tokens(inputs: Inputs) -> float:

@@ -358,6 +358,13 @@ def error_gate(
     return Gate(True, f"error {ours / theirs:.1f}x plain PyTorch" if theirs else "exact")
 
 
+def cosine_gate(found: float, bar: float) -> Gate:
+    """Whether the least cosine of a batch is near enough to 1; NaN is not."""
+    if found >= bar:
+        return Gate(True, f"min cosine {found:.7f}")
+    return Gate(False, f"min cosine {found:.7f}, expected at least {bar}")
+
+
 def pick(specs: Iterable[BenchSpec], pattern: str | None) -> list[BenchSpec]:
     """The specs whose name contains `pattern` or matches it as a glob; all without one."""
     if not pattern:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from checkpoints import Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant
+from harness import BenchSpec, Call, Gate, Setting, Variant, cosine_gate
 from shapes import MINILM_MAX_TOKENS, docstrings, minilm_folder, token_ids
 from steps import adamw_step, verify_step
 from torch import Tensor, nn
@@ -120,10 +120,7 @@ def _training(inputs: Inputs, how: str, dtype: torch.dtype) -> Call:
 
 def _verify(inputs: Inputs, variant: Variant, found: Any) -> Gate:
     cosine = (found * inputs.embeddings).sum(-1).min().item()
-    bar = MIN_COSINE[variant.dtype]
-    if cosine >= bar:
-        return Gate(True, f"min cosine {cosine:.7f}")
-    return Gate(False, f"min cosine {cosine:.7f}, expected at least {bar}")  # NaN ends here too
+    return cosine_gate(cosine, MIN_COSINE[variant.dtype])
 
 
 def _spec(

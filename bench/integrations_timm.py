@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant, absent
+from harness import BenchSpec, Call, Gate, Setting, Variant, absent, cosine_gate
 from steps import adamw_step, verify_step
 from torch import Tensor, nn
 
@@ -96,10 +96,7 @@ def _tokens(inputs: Inputs) -> float:
 
 def _verify(inputs: Inputs, variant: Variant, found: Tensor) -> Gate:
     cosine = F.cosine_similarity(found.float(), inputs.logits).min().item()
-    bar = MIN_COSINE[variant.dtype]
-    if cosine >= bar:
-        return Gate(True, f"min cosine {cosine:.7f}")
-    return Gate(False, f"min cosine {cosine:.7f}, expected at least {bar}")  # NaN ends here too
+    return cosine_gate(cosine, MIN_COSINE[variant.dtype])
 
 
 def _spec(

@@ -368,6 +368,7 @@ def siglip(
 
 
 def scalar_of(op: str, name: str, x: Tensor | float, a: Tensor, positive: bool) -> Tensor:
+    """A scale or bias as the checked 0-dim tensor that the dispatcher's op takes."""
     if isinstance(x, (int, float)):
         x = torch.full((), x, dtype=torch.float32, device=a.device)
     check_scalar(op, name, x, a, positive)
@@ -375,6 +376,7 @@ def scalar_of(op: str, name: str, x: Tensor | float, a: Tensor, positive: bool) 
 
 
 def positives_of(op: str, positives: Tensor | None, offset: int, a: Tensor, b: Tensor) -> Tensor:
+    """int64 ``[B]``: the row of b that belongs to each of a; row i + offset unless given."""
     if positives is not None:
         check_positives(op, positives, a, b)
         return positives
