@@ -44,8 +44,8 @@ struct Bf16Tiles : Bf16Format<kD> {
   static void weighted_sum(const float* cols, const float* weights, int ld, int n, int D,
                            float* out, bool accumulate) {
     for (int d = 0; d < D; d += kHeadTileRows) {
-      gemm_tile<DotBf16, kHeadTileRows, kVecs, 1, kD>(cols + d, weights, ld, n / 2,
-                                                      out + d * kLanes, kLanes, accumulate);
+      gemm_tile<DotBf16, kHeadTileRows, kVecs>(FixedA<1, kD>{cols + d}, weights, ld, n / 2,
+                                               out + d * kLanes, kLanes, accumulate);
     }
   }
 

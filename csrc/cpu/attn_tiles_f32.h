@@ -54,8 +54,8 @@ struct F32Tiles {
   static void weighted_sum(const float* cols, const float* weights, int ld, int n, int D,
                            float* out, bool accumulate) {
     for (int d = 0; d < D; d += kHeadTileRows) {
-      gemm_tile<DotF32, kHeadTileRows, kVecs, 1, kD>(cols + d, weights, ld, n, out + d * kLanes,
-                                                     kLanes, accumulate);
+      gemm_tile<DotF32, kHeadTileRows, kVecs>(FixedA<1, kD>{cols + d}, weights, ld, n,
+                                              out + d * kLanes, kLanes, accumulate);
     }
   }
 

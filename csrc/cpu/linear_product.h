@@ -3,8 +3,9 @@
 //
 //   C [rows][32]  (+)=  A [rows][kBlockWords]  .  B [words][32]
 //
-// A was packed for the group (linear_words.h) and stays in L1 over the panels. AMX takes 32 rows at
-// once in 2 x 2 tiles; the others kTileRows rows and two vectors in registers (gemm_tile.h).
+// A was packed for the group (linear_words.h), or is rows of x as they lie. AMX takes 32 packed
+// rows at once in 2 x 2 tiles; the others kTileRows rows and two vectors in registers
+// (gemm_tile.h).
 //
 // Each result is one chain of additions in the order of the words, whatever tile it falls into, so
 // that it does not depend on the other rows.
@@ -65,28 +66,38 @@ struct DotInt8 {
   }
 };
 
-// By vectors: two at a time of the 32 / kW that make a panel.
-template <LinearFormat kF, class X, class Weight, class Dot, int kWords>
+// Rows of words; the distance in bytes.
+struct WordRows {
+  const char* data;
+  int64_t stride;
+};
+
+// By vectors: two at a time of the 32 / kW that make a panel. A block is so long that most sums are
+// whole after one, and A and the panel's block come from L2 rather than L1, which costs nothing:
+// each of their cache lines serves 16 words times the rows or panels it meets.
+template <LinearFormat kF, class X, class Weight, class Dot>
 struct VectorProduct {
   static constexpr LinearFormat kFormat = kF;
   using XWords = X;
   using WeightWords = Weight;
   static constexpr int kElements = X::kElements;
-  static constexpr int kBlockWords = kWords;
+  static constexpr int kBlockWords = 384;
+  static constexpr bool kTakesAnyRows = true;      // else packed ones only
   static constexpr int kRowStep = kShortTileRows;  // rows of A and C are rounded up to this
   static constexpr int kGroupRows = 4 * kTileRows;
 
   static void begin() {}
   static void end() {}
-  static void run(const float* a, int rows, const float* b, int words, float* c, int ldc,
+  static void run(WordRows a, int rows, const float* b, int words, float* c, int ldc,
                   bool accumulate) {
     for (int j = 0; j < kPanel; j += 2 * kW) {
-      gemm_rows<Dot, 2, kBlockWords, 1>(a, rows, b + j, kPanel, words, c + j, ldc, accumulate);
+      gemm_rows<Dot, 2>(StridedA(a.data, a.stride), rows, b + j, kPanel, words, c + j, ldc,
+                        accumulate);
     }
   }
 };
 
-using Fp32Product = VectorProduct<LinearFormat::kFp32, Fp32Words, Fp32Words, DotF32, 256>;
+using Fp32Product = VectorProduct<LinearFormat::kFp32, Fp32Words, Fp32Words, DotF32>;
 
 #if defined(__AMX_BF16__)
 
@@ -98,15 +109,17 @@ struct AmxProduct {
   static constexpr int kElements = X::kElements;
   // 16 KiB of A, read for every panel, and a panel's block of 16 KiB share an L1 of 48 KiB.
   static constexpr int kBlockWords = 128;
+  static constexpr bool kTakesAnyRows = false;
   static constexpr int kRowStep = 16;
   static constexpr int kGroupRows = 32;
 
   static void begin() { amx_begin(); }
   static void end() { amx_end(); }
-  static void run(const float* a, int rows, const float* b, int words, float* c, int ldc,
+  static void run(WordRows a, int rows, const float* b, int words, float* c, int ldc,
                   bool accumulate) {
-    amx_gemm<kTerms>({a, kBlockWords, 16 * kBlockWords, 16}, {b, kPanel, 16, 16 * kPanel}, rows,
-                     kPanel, words / 16, c, ldc, accumulate);
+    const float* packed = reinterpret_cast<const float*>(a.data);
+    amx_gemm<kTerms>({packed, kBlockWords, 16 * kBlockWords, 16}, {b, kPanel, 16, 16 * kPanel},
+                     rows, kPanel, words / 16, c, ldc, accumulate);
   }
 };
 using Bf16Product = AmxProduct<LinearFormat::kBf16, Bf16Words, Bf16Words, TileTerms::kBf16>;
@@ -119,8 +132,8 @@ using DotBf16Words = DotBf16;
 #else
 using DotBf16Words = DotBf16Widened;
 #endif
-using Bf16Product = VectorProduct<LinearFormat::kBf16, Bf16Words, Bf16Words, DotBf16Words, 128>;
-using Int8Product = VectorProduct<LinearFormat::kInt8, Uint8Words, Int8Words, DotInt8, 128>;
+using Bf16Product = VectorProduct<LinearFormat::kBf16, Bf16Words, Bf16Words, DotBf16Words>;
+using Int8Product = VectorProduct<LinearFormat::kInt8, Uint8Words, Int8Words, DotInt8>;
 
 #endif
 

@@ -1,14 +1,18 @@
 // out [N, F] = epilogue(x [N, C] W^T), W packed in panels of 32 columns of the result.
 //
 //            chunk: columns of one task           W is read block by block of C: for each block,
-//            +-------+-------+-------+            a group of rows of x is packed into L1 and meets
-//   rows     |       |       |       |            the panels of the chunk one after another; their
-//   of one   |  C [rows][chunk] fp32 |            sums wait in C, in L2, for the next block.
-//   task     |       |       |       |
-//            +-------+-------+-------+
+//            +-------+-------+-------+            a group of rows of x meets the panels of the
+//   rows     |       |       |       |            chunk one after another; their sums wait in C,
+//   of one   |  C [rows][chunk] fp32 |            in L2, for the next block. With one block they
+//   task     |       |       |       |            wait for the epilogue only, and C has the rows
+//            +-------+-------+-------+            of a group.
+//
+// Rows of x are read where they lie, or packed first: if they are to be converted, have a rest, or
+// would all fall into the same few cache sets.
 //
 // Per task and block of C, L2 holds the chunk of C, the panels' block and x's rows; each word of W
-// comes from L3 once per task, each row of x once per chunk. Then the epilogue runs over the rows.
+// comes from L3 once per task, each row of x once per chunk. The epilogue runs over the rows of a
+// group when their last block is done.
 //
 // A norm needs whole rows: its tasks take all columns. With fewer such tasks than threads, tasks of
 // chunks put C into one shared buffer instead, and the epilogue runs over it afterwards.
@@ -22,7 +26,7 @@ namespace encfast::ENCFAST_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 256;
-// x is packed once per chunk of columns. Quantising it costs so much that int8 takes wider chunks
+// x is read once per chunk of columns. Quantising it costs so much that int8 takes wider chunks
 // on fewer rows; its weights are small enough to be read more often.
 constexpr int64_t kColumnsPerTask = 512, kInt8ColumnsPerTask = 1536;
 constexpr int64_t kFloatsPerTask = 128 * 1024;  // of C: a quarter of an L2 of 2 MiB
@@ -42,6 +46,7 @@ struct Plan {
   bool shared;   // C of all tasks in one buffer, epilogue afterwards
   int64_t b_at;  // where the gate's other half begins in a row of C
   int64_t ldc;   // an odd number of cache lines: rows fall into different sets
+  int64_t held;  // rows of C of a task: all, or those of a group
   int64_t c_at;  // of a thread's workspace: packed rows of x, their scales, C
   int64_t slot_floats;
 
@@ -58,7 +63,9 @@ struct Plan {
     plan.columns = smaller(padded, even_share(padded, columns / ranges));
     plan.shared = p.norm != Norm::kNone && groups < threads;
     if (p.norm != Norm::kNone && !plan.shared) plan.columns = padded;
-    const int64_t fit = smaller(kRowsPerTask, kFloatsPerTask / (plan.columns * ranges));
+    const bool one_block = linear_words(p.format, p.C) <= Product::kBlockWords && !plan.shared;
+    const int64_t fit =
+        one_block ? kRowsPerTask : smaller(kRowsPerTask, kFloatsPerTask / (plan.columns * ranges));
     plan.rows = larger(fit / Product::kGroupRows, 1) * Product::kGroupRows;
     // Few rows: smaller tasks, rather than threads without one.
     while (threads > 1 && plan.rows > Product::kGroupRows && plan.tasks(p.N, padded) < wanted) {
@@ -71,12 +78,13 @@ struct Plan {
     }
     plan.row_blocks = (p.N + plan.rows - 1) / plan.rows;
     plan.chunks = (padded + plan.columns - 1) / plan.columns;
-    const int64_t held = plan.shared ? padded : plan.columns;
-    plan.b_at = held;
+    plan.held = one_block ? Product::kGroupRows : plan.rows;
+    const int64_t range = plan.shared ? padded : plan.columns;
+    plan.b_at = range;
     // The second range of a gate may begin inside a panel.
-    plan.ldc = held + (p.gated ? held + kPanel : 0) + 16;
+    plan.ldc = range + (p.gated ? range + kPanel : 0) + 16;
     plan.c_at = Product::kGroupRows * Product::kBlockWords + round_up(plan.rows, 16) * kScaleFloats;
-    plan.slot_floats = plan.c_at + (plan.shared ? 0 : plan.rows * plan.ldc);
+    plan.slot_floats = plan.c_at + (plan.shared ? 0 : plan.held * plan.ldc);
     return plan;
   }
 
@@ -176,10 +184,10 @@ struct Linear {
   // last of them it is finished, while it is in L1 or L2.
   static void multiply_group(const Job& job, const Task& t, int64_t k, int64_t r) {
     const int64_t group = smaller(Product::kGroupRows, t.rows - r);
-    pack_group(job, t, r, group, k);
+    const WordRows x = rows_of_x(job, t, r, group, k);
     const bool last = k + kBlock >= job.w.words && !job.plan.shared;
     for (int64_t j = 0; j < t.width; j += kPanel) {
-      multiply_panel(job, t, k, r, group, t.begin + j, j);
+      multiply_panel(job, t, x, k, r, group, t.begin + j, j);
     }
     if (job.p.gated) {
       const int64_t from = job.p.F / 2 + t.begin, lead = from % kPanel;
@@ -187,24 +195,50 @@ struct Linear {
       const bool next_has_rest = job.plan.shared && t.begin + t.width < job.plan.width;
       const int64_t width = t.width + (next_has_rest ? 0 : lead);
       for (int64_t j = 0; j < width; j += kPanel) {
-        multiply_panel(job, t, k, r, group, from - lead + j, job.plan.b_at + j);
+        multiply_panel(job, t, x, k, r, group, from - lead + j, job.plan.b_at + j);
       }
     }
     if (last) {
-      epilogue(job, t.c + r * job.plan.ldc, t.scales + r, t.row + r, group, t.begin, t.width);
+      epilogue(job, row_of_c(job, t, r), t.scales + r, t.row + r, group, t.begin, t.width);
     }
   }
 
+  static float* row_of_c(const Job& job, const Task& t, int64_t r) {
+    return t.c + r % job.plan.held * job.plan.ldc;
+  }
+
+  // Words [k, k + kBlock) of a group's rows, which are packed if that is needed.
+  static WordRows rows_of_x(const Job& job, const Task& t, int64_t r, int64_t group, int64_t k) {
+    const MatrixView& x = job.p.x;
+    const int64_t bytes = element_bytes(x.dtype), stride = x.stride * bytes;
+    if (are_words(job.p, stride) && group % Product::kRowStep == 0) {
+      const char* data = static_cast<const char*>(x.data);
+      return {data + (t.row + r) * stride + 4 * k, stride};
+    }
+    pack_group(job, t, r, group, k);
+    return {reinterpret_cast<const char*>(t.packed_x), 4 * kBlock};
+  }
+
+  // Whether rows of x are words without a rest, `stride` bytes apart and not all in the same sets
+  // of L1.
+  static bool are_words(const PackedLinearParams& p, int64_t stride) {
+    constexpr DType kWordsOf =
+        Product::kFormat == LinearFormat::kFp32 ? DType::kFloat32 : DType::kBFloat16;
+    constexpr int64_t kPadded = 16 * Product::kElements, kSets = 4096;
+    return Product::kTakesAnyRows && !kInt8 && p.x.dtype == kWordsOf && p.C % kPadded == 0 &&
+           stride % kSets != 0;
+  }
+
   // `column` is a multiple of the panel's width, `at` its place in a row of C.
-  static void multiply_panel(const Job& job, const Task& t, int64_t k, int64_t r, int64_t group,
-                             int64_t column, int64_t at) {
-    const int64_t words = job.w.words, ldc = job.plan.ldc;
+  static void multiply_panel(const Job& job, const Task& t, const WordRows& x, int64_t k, int64_t r,
+                             int64_t group, int64_t column, int64_t at) {
+    const int64_t words = job.w.words;
     const int64_t padded = round_up(group, Product::kRowStep);
     const float* panel = job.w.panels + column * words;
     prefetch_share(job, t, panel, k + kBlock < words ? k + kBlock : 0, r);
-    Product::run(t.packed_x, static_cast<int>(padded), panel + k * kPanel,
-                 static_cast<int>(smaller(kBlock, words - k)), t.c + r * ldc + at,
-                 static_cast<int>(ldc), k > 0);
+    Product::run(x, static_cast<int>(padded), panel + k * kPanel,
+                 static_cast<int>(smaller(kBlock, words - k)), row_of_c(job, t, r) + at,
+                 static_cast<int>(job.plan.ldc), k > 0);
   }
 
   // The panel's next block is fetched into L2 ahead of its use, by each group of rows a share.
