@@ -15,7 +15,7 @@ import fnmatch
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -328,6 +328,11 @@ def time_calls(
         peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items()}
         many = interleave(runs, wall_seconds, budget_s / 2) if setting.threads > 1 else {}
     return Times(one, many, peaks)
+
+
+def all_of(gates: Sequence[Gate], shown: int) -> Gate:
+    """The first of several gates that is red; where all are green, the one to be shown."""
+    return next((gate for gate in gates if not gate.ok), gates[shown])
 
 
 def error_gate(

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from harness import BenchSpec, Call, Gate, Setting, Variant, error_gate
+from harness import BenchSpec, Call, Gate, Setting, Variant, all_of, error_gate
 from sdpa import MIB, PEERS, Inputs, without_grad
 from shapes import docstring_lengths
 from timing import peak_bytes
@@ -83,7 +83,7 @@ class _Verify:
             error_gate(name, *found, factor=2.0 if name == "out" else 3.0)
             for name, *found in zip(("out", "dq", "dk", "dv"), outputs, exact, plain, strict=False)
         ]
-        return next((g for g in gates if not g.ok), gates[0])
+        return all_of(gates, shown=0)
 
     def _of(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if dtype not in self._known:
