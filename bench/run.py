@@ -48,6 +48,7 @@ BENCHES = (
     "rank_loss",
     "partial_ranking",
     "integrations",
+    "integrations_sentence_transformers",
     "integrations_timm",
 )
 
