@@ -235,21 +235,9 @@ struct Linear {
     const int64_t words = job.w.words;
     const int64_t padded = round_up(group, Product::kRowStep);
     const float* panel = job.w.panels + column * words;
-    prefetch_share(job, t, panel, k + kBlock < words ? k + kBlock : 0, r);
     Product::run(x, static_cast<int>(padded), panel + k * kPanel,
                  static_cast<int>(smaller(kBlock, words - k)), row_of_c(job, t, r) + at,
                  static_cast<int>(job.plan.ldc), k > 0);
-  }
-
-  // The panel's next block is fetched into L2 ahead of its use, by each group of rows a share.
-  static void prefetch_share(const Job& job, const Task& t, const float* panel, int64_t next,
-                             int64_t r) {
-    constexpr int64_t kLine = 16;
-    const int64_t groups = (t.rows + Product::kGroupRows - 1) / Product::kGroupRows;
-    const int64_t floats = smaller(kBlock, job.w.words - next) * kPanel;
-    const int64_t share = round_up((floats + groups - 1) / groups, kLine);
-    const int64_t from = r / Product::kGroupRows * share, to = smaller(from + share, floats);
-    for (int64_t i = from; i < to; i += kLine) __builtin_prefetch(panel + next * kPanel + i, 0, 2);
   }
 
   // Words [k, k + kBlock) of `rows` rows of x from the task's row r on, then rows of zeros.
