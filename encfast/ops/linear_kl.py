@@ -26,8 +26,9 @@ from ..ref.linear_kl import linear_kl_bwd as _ref_bwd
 from . import _backends
 from . import _linear_kl_cpu as _cpu
 from ._checks import check_device, check_dtype, check_tensor
+from ._linear_cross_entropy_checks import check_head, check_reduction, check_weights
 from ._vocab_slices import kept_floats, new_kept
-from .linear_cross_entropy import check_head, check_reduction, check_weights, reduce_rows
+from .linear_cross_entropy import reduce_rows
 
 DISPATCHER_OPS = ("linear_kl", "linear_kl_bwd")
 
