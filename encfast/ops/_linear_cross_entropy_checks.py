@@ -13,7 +13,6 @@ from ._checks import (
     check_tensor,
     check_values,
 )
-from ._vocab_slices import kept_floats
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -110,17 +109,9 @@ def check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
 
 
-def check_saved(
-    x: Tensor, dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, kept: Tensor
-) -> None:
-    op = "linear_cross_entropy_bwd"
-    whole = kept_floats(x, targets.shape[0], weight.shape[0])
-    for name, saved, sizes in (
-        ("dloss", dloss, (targets.shape[0],)),
-        ("lse", lse, (targets.shape[0],)),
-        ("kept", kept, (whole, 0)),
-    ):
-        check_tensor(op, name, saved, 1)
-        check_dtype(op, name, saved, torch.float32)
-        if saved.shape[0] not in sizes:
-            raise ValueError(f"{op}: {name} has shape {tuple(saved.shape)}, expected ({sizes[0]},)")
+def check_floats(op: str, name: str, x: Tensor, *sizes: int) -> None:
+    """float32 [n], n one of `sizes`; the first is what the message says."""
+    check_tensor(op, name, x, 1)
+    check_dtype(op, name, x, torch.float32)
+    if x.shape[0] not in sizes:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({sizes[0]},)")

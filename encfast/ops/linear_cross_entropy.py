@@ -12,9 +12,12 @@ wait, they cost what others do: choose by `rows` there.) A mean over no rows, or
 that are all 0, is 0 and so are its gradients (F.cross_entropy has NaN there). Finite where exp
 would overflow; -inf in the bias takes an entry out of the vocabulary, unless smoothing reads it.
 
-Memory. On the CPU a slice of the vocabulary at a time; up to 13 MiB of logits stay for the
-backward, which computes the others again. Beyond the gradients a call needs less than 25 MiB for up
-to a thousand rows, and for more about 2 KB a row.
+Memory. On the CPU a slice of the vocabulary at a time. Where the weight is trained in eager mode,
+the forward takes the memory of its gradient, [V, C], and leaves the logits in it for the backward:
+all of them for up to C rows, or C / 2 of bfloat16 or float16 multiplied in float32, else as many as
+fit. Otherwise, as in compiled graphs, up to 13 MiB of logits stay. The backward computes the others
+again. Beyond the gradients a call needs less than 25 MiB for up to a thousand rows, and for more
+about 2 KB a row.
 
 Sources: Szegedy et al. (label smoothing, arXiv:1512.00567); Chowdhery et al., PaLM (z-loss,
 arXiv:2204.02311); Hsu et al., Liger Kernel (arXiv:2410.10989) and Wijmans et al., Cut Your Losses
@@ -32,13 +35,14 @@ from ..ref.linear_cross_entropy import linear_cross_entropy as _ref_fwd
 from ..ref.linear_cross_entropy import linear_cross_entropy_bwd as _ref_bwd
 from . import _backends
 from . import _linear_cross_entropy_cpu as _cpu
+from . import _linear_cross_entropy_in_place as _in_place
 from ._linear_cross_entropy_checks import (
+    check_floats,
     check_operands,
     check_reduction,
-    check_saved,
     check_weights,
 )
-from ._vocab_slices import new_kept
+from ._vocab_slices import kept_floats, new_kept, new_weight_grad
 
 DISPATCHER_OPS = ("linear_cross_entropy", "linear_cross_entropy_bwd")
 
@@ -153,14 +157,25 @@ def _reference_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_an
 
 
 def _cpu_fwd(x, weight, targets, bias, rows, *options_and_keep):
-    check_operands(x, weight, targets, bias, rows, *options_and_keep[:-1])
-    return _cpu.forward(x, weight, targets, bias, rows, *options_and_keep)
+    *options, keep = options_and_keep
+    check_operands(x, weight, targets, bias, rows, *options)
+    kept = new_kept(x, targets.shape[0], weight.shape[0], keep)
+    return *_cpu.forward(x, weight, targets, bias, rows, *options, kept=kept), kept
 
 
 def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
-    check_operands(x, weight, targets, bias, rows, *options_and_wanted[:-3])
-    check_saved(x, dloss, targets, weight, lse, kept)
-    return _cpu.backward(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted)
+    *options, want_dx, want_dweight, want_dbias = options_and_wanted
+    op, m = "linear_cross_entropy_bwd", targets.shape[0]
+    check_operands(x, weight, targets, bias, rows, *options)
+    check_floats(op, "dloss", dloss, m)
+    check_floats(op, "lse", lse, m)
+    check_floats(op, "kept", kept, kept_floats(x, m, weight.shape[0]), 0)
+    dweight = new_weight_grad(weight, want_dweight)
+    operands = dloss, x, weight, targets, bias, rows, lse
+    dx, dbias = _cpu.backward(
+        *operands, kept, *options, dweight=dweight, want_dx=want_dx, want_dbias=want_dbias
+    )
+    return dx, dweight, dbias
 
 
 def _triton_fwd(x, weight, targets, *options_and_keep):
@@ -248,12 +263,15 @@ def linear_cross_entropy(
     check_operands(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
     check_weights("linear_cross_entropy", weights, x, targets.shape[0])
     check_reduction("linear_cross_entropy", reduction)
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    loss, _, _ = torch.ops.encfast.linear_cross_entropy(
-        x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap, keep
-    )
+    tensors = x, weight, targets, bias, rows
+    options = ignore_index, label_smoothing, z_loss, softcap
+    if _in_place.is_for(*tensors):
+        loss = _in_place.InPlace.apply(*tensors, *options)
+    else:
+        keep = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias)
+        )
+        loss, _, _ = torch.ops.encfast.linear_cross_entropy(*tensors, *options, keep)
     return reduce_rows(loss, targets != ignore_index, weights, reduction)
 
 

@@ -7,8 +7,9 @@ Conventions. Forward KL(teacher || student); only the student has gradients. It 
 by temperature^2, which Hinton et al. do to keep the size of gradients. Entries with p = 0 add 0. A
 mean over no rows, or over weights that are all 0, is 0 and so are its gradients.
 
-Memory. As linear_cross_entropy: on the CPU a slice of the vocabulary of each head at a time, and up
-to 13 MiB of the logits of both stay for the backward, which computes the others again.
+Memory. As linear_cross_entropy in compiled graphs: on the CPU a slice of the vocabulary of each
+head at a time, and up to 13 MiB of the logits of both stay for the backward, which computes the
+others again.
 
 Sources: Hinton et al. (arXiv:1503.02531); Hsu et al., Liger Kernel (arXiv:2410.10989).
 
