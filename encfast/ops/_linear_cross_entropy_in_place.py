@@ -15,7 +15,6 @@ from . import _backends
 from . import _linear_cross_entropy_cpu as _cpu
 from ._checks import check_device, check_dtype, check_tensor
 from ._linear_cross_entropy_checks import check_floats, check_operands
-from ._vocab_slices import new_weight_grad
 
 # Neither has an autograd formula or a kernel beside the CPU's. `memory` is like the weight,
 # contiguous: it holds logits after the first, the gradient of the weight after the second.
@@ -102,12 +101,21 @@ def is_for(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     return _backends.served_by("linear_cross_entropy_in_place", "cpu") == "native"
 
 
+def new_memory(weight: Tensor) -> Tensor:
+    """[V, C] for logits, then for the gradient; in pages of the usual size.
+
+    Large ones (`vocab_weight_grad`) would save faults, but cost several times as much on a virtual
+    machine that has handed them back to its host since the last step (bench/results/NOTES.md).
+    """
+    return weight.new_empty(weight.shape)
+
+
 class InPlace(torch.autograd.Function):
     """(x, weight, targets, bias, rows, options of the op) -> loss [M]."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, bias, rows, *options):
-        memory = new_weight_grad(weight, True)
+        memory = new_memory(weight)
         operands = x, weight, targets, bias, rows
         loss, lse = torch.ops.encfast.linear_cross_entropy_in_place(*operands, *options, memory)
         ctx.save_for_backward(*operands, lse, memory)

@@ -61,14 +61,14 @@ def is_in_place(losses):
 @pytest.fixture
 def memories(monkeypatch):
     """Addresses of the memory that forwards take for gradients."""
-    found, take = [], in_place.new_weight_grad
+    found, take = [], in_place.new_memory
 
-    def recorded(weight, wanted):
-        memory = take(weight, wanted)
+    def recorded(weight):
+        memory = take(weight)
         found.append(memory.data_ptr())
         return memory
 
-    monkeypatch.setattr(in_place, "new_weight_grad", recorded)
+    monkeypatch.setattr(in_place, "new_memory", recorded)
     return found
 
 
