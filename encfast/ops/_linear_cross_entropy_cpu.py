@@ -8,8 +8,6 @@ from torch import Tensor
 from ._vocab_slices import (
     VocabSlices,
     add_product,
-    new_kept,
-    new_weight_grad,
     product_dtype,
 )
 
@@ -24,15 +22,15 @@ def forward(
     label_smoothing: float | None,
     z_loss: float | None,
     softcap: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [M], log-sum-exp [M], logits for the backward)."""
+    *,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(loss [M], log-sum-exp [M]); logits for the backward go to `kept`."""
     vocab = weight.shape[0]
-    kept = new_kept(x, targets.shape[0], vocab, keep)
     loss, lse = (x.new_zeros(targets.shape, dtype=torch.float32) for _ in range(2))
     active, taken = active_rows(targets, rows, ignore_index)
     if active.numel() == 0:
-        return loss, lse, kept
+        return loss, lse
     eps, targets, bias = label_smoothing or 0.0, targets[active], _float32(bias)
     stats = x.new_zeros((4, active.numel()), dtype=torch.float32)
     largest, exps, total, at_target = stats  # views
@@ -48,7 +46,7 @@ def forward(
         value += z_loss * lse_of_active.square()
     if eps:
         value -= eps / vocab * total
-    return loss.index_copy_(0, active, value), lse.index_copy_(0, active, lse_of_active), kept
+    return loss.index_copy_(0, active, value), lse.index_copy_(0, active, lse_of_active)
 
 
 def backward(
@@ -64,17 +62,21 @@ def backward(
     label_smoothing: float | None,
     z_loss: float | None,
     softcap: float | None,
+    *,
+    dweight: Tensor,
     want_dx: bool,
-    want_dweight: bool,
     want_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, [0] where not wanted."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and bias, [0] where not wanted.
+
+    That of the weight goes to `dweight` [V, C], [0] where not wanted; it may be the memory of
+    `kept`, whose logits are lost then.
+    """
     active, taken = active_rows(targets, rows, ignore_index)
-    dweight = new_weight_grad(weight, want_dweight)
     dbias = x.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32)
     if active.numel() == 0:
-        dx = x.new_zeros(x.shape if want_dx else 0)
-        return dx, dweight.zero_(), dbias.zero_()
+        dweight.zero_()
+        return x.new_zeros(x.shape if want_dx else 0), dbias.zero_()
     targets, bias = targets[active], _float32(bias)
     slices = VocabSlices(x[taken], weight, kept, product_dtype(x))
     of_rows = _coefficients(
@@ -88,11 +90,11 @@ def backward(
         )
         if want_dx:
             add_product(dtaken, grad, w, memory)
-        if want_dweight:
+        if dweight.numel():
             slices.put_grad(grad, dweight[columns])
         if want_dbias:
             torch.sum(grad, 0, dtype=torch.float32, out=dbias[columns])
-    return _of_all_rows(dtaken, taken, x) if want_dx else x.new_empty(0), dweight, dbias
+    return _of_all_rows(dtaken, taken, x) if want_dx else x.new_empty(0), dbias
 
 
 def active_rows(

@@ -3,10 +3,17 @@
               V
       +------+------+------+------+
    M  | slot | slot | kept | kept |    one slot for all slices that are computed and dropped;
-      +------+------+------+------+    the last ones stay, as many as fit into `KEPT_BYTES`
+      +------+------+------+------+    the last ones stay, as many as fit into the memory
 
 The first pass goes from left to right, the second back again: it finds the last slices in memory
 and multiplies again for the others.
+
+Kept logits may lie at the front of the memory of the weight's gradient [V, C], whose rows the
+second pass writes from the last one on. When it writes those of a slice that begins at v, the
+logits still to be read are those before column v. They end at byte p(v) = (v - f) M (bytes of a
+logit), where f columns are not kept; the rows begin at byte g(v) = v C (bytes of a weight).
+p(f) <= g(f), and p(V) <= g(V) because the kept logits fit; both are linear, so p(v) <= g(v) from f
+to V: no row is written over logits still to be read, whatever M, C and the dtypes are.
 """
 
 from __future__ import annotations
@@ -53,7 +60,7 @@ class VocabSlices:
     Args:
         x: [M, C], M > 0.
         weight: [V, C].
-        kept: float32, contiguous: memory for slices that stay, from the forward to the backward.
+        kept: contiguous memory of any dtype for slices that stay, from the forward to the backward.
         dtype: of the products.
         scale: of the logits.
         columns: of a slice, where another head's slices must be as wide; chosen by default.
@@ -73,7 +80,7 @@ class VocabSlices:
         self._vocab, m = weight.shape[0], x.shape[0]
         self._width = columns or columns_per_slice(m, x.shape[1], weight.dtype, dtype)
         self._count = -(-self._vocab // self._width)
-        self._kept = kept.view(dtype)
+        self._kept = _elements(kept, dtype)
         columns_dropped = max(0, self._vocab - self._kept.numel() // m)
         self._first_kept = -(-columns_dropped // self._width)
         self._slot = x.new_empty(m * min(self._width, self._vocab), dtype=dtype)
@@ -149,6 +156,12 @@ def columns_per_slice(m: int, c: int, given: torch.dtype, dtype: torch.dtype) ->
         most = min(most, max(_COPY_BYTES // (4 * c + 1), _LEAST_COLUMNS))
     fit = SLOT_BYTES // (m * dtype.itemsize)
     return min(max(fit, _LEAST_COLUMNS), most) // _STEP * _STEP
+
+
+def _elements(memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous memory as [n] of another dtype, as many as are whole."""
+    bytes_used = memory.nbytes // dtype.itemsize * dtype.itemsize
+    return memory.flatten()[: bytes_used // memory.itemsize].view(dtype)
 
 
 def _matrix(memory: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:

@@ -12,9 +12,12 @@ wait, they cost what others do: choose by `rows` there.) A mean over no rows, or
 that are all 0, is 0 and so are its gradients (F.cross_entropy has NaN there). Finite where exp
 would overflow; -inf in the bias takes an entry out of the vocabulary, unless smoothing reads it.
 
-Memory. On the CPU a slice of the vocabulary at a time; up to 13 MiB of logits stay for the
-backward, which computes the others again. Beyond the gradients a call needs less than 25 MiB for up
-to a thousand rows, and for more about 2 KB a row.
+Memory. On the CPU a slice of the vocabulary at a time. Where the weight is trained in eager mode,
+the forward takes the memory of its gradient, [V, C], and leaves the logits in it for the backward:
+all of them for up to C rows, or C / 2 of bfloat16 or float16 multiplied in float32, else as many as
+fit. Otherwise, as in compiled graphs, up to 13 MiB of logits stay. The backward computes the others
+again. Beyond the gradients a call needs less than 25 MiB for up to a thousand rows, and for more
+about 2 KB a row.
 
 Sources: Szegedy et al. (label smoothing, arXiv:1512.00567); Chowdhery et al., PaLM (z-loss,
 arXiv:2204.02311); Hsu et al., Liger Kernel (arXiv:2410.10989) and Wijmans et al., Cut Your Losses
@@ -25,8 +28,6 @@ keeps logits in registers and stores 64 MiB of their gradient at a time; elsewhe
 which holds all logits.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,18 +35,16 @@ from ..ref.linear_cross_entropy import linear_cross_entropy as _ref_fwd
 from ..ref.linear_cross_entropy import linear_cross_entropy_bwd as _ref_bwd
 from . import _backends
 from . import _linear_cross_entropy_cpu as _cpu
-from ._checks import (
-    FLOAT_DTYPES,
-    check_device,
-    check_dtype,
-    check_range,
-    check_tensor,
-    check_values,
+from . import _linear_cross_entropy_in_place as _in_place
+from ._linear_cross_entropy_checks import (
+    check_floats,
+    check_operands,
+    check_reduction,
+    check_weights,
 )
-from ._vocab_slices import kept_floats, new_kept
+from ._vocab_slices import kept_floats, new_kept, new_weight_grad
 
 DISPATCHER_OPS = ("linear_cross_entropy", "linear_cross_entropy_bwd")
-REDUCTIONS = ("none", "mean", "sum")
 
 # `kept` is memory for the backward, [0] without keep; what it holds is the backend's own affair.
 torch.library.define(
@@ -78,96 +77,6 @@ torch.library.define(
     "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor coefficients, "
     "Tensor(a!) grad) -> ()",
 )
-
-
-def _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap) -> None:
-    op = "linear_cross_entropy"
-    check_head(op, x, weight, bias)
-    check_tensor(op, "targets", targets, 1, "[M]")
-    check_dtype(op, "targets", targets, torch.int64)
-    check_device(op, "targets", targets, "x", x)
-    _check_rows(op, x, targets, rows)
-    v = weight.shape[0]
-    check_values(
-        op,
-        "targets",
-        targets,
-        lambda t: (t == ignore_index) | ((t >= 0) & (t < v)),
-        lambda: f"expected 0..{v - 1}, an entry of the vocabulary, or ignore_index {ignore_index}",
-    )
-    if label_smoothing is not None and not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, expected 0..1")
-    if z_loss is not None and not 0 <= z_loss < math.inf:
-        raise ValueError(f"{op}: z_loss is {z_loss}, expected a finite number >= 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap is {softcap}, expected a finite number > 0")
-
-
-def check_head(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, x_name: str = "x", prefix: str = ""
-) -> None:
-    """Rows [N, C], weight [V, C] of their dtype and bias [V], with V > 0."""
-    w_name, b_name = f"{prefix}weight", f"{prefix}bias"
-    check_tensor(op, x_name, x, 2, "[N, C]")
-    check_dtype(op, x_name, x, *FLOAT_DTYPES, hint=f"; for float64 use encfast.ref.{op}")
-    check_tensor(op, w_name, weight, 2, "[V, C]")
-    check_dtype(op, w_name, weight, x.dtype, hint=f", the dtype of {x_name}; cast one of them")
-    check_device(op, w_name, weight, x_name, x)
-    if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: {w_name} has shape {tuple(weight.shape)}, expected [V, {x.shape[1]}] for the "
-            f"{x.shape[1]} channels of {x_name}, V > 0"
-        )
-    if bias is not None:
-        check_tensor(op, b_name, bias, 1, "[V]")
-        check_dtype(op, b_name, bias, *FLOAT_DTYPES)
-        check_device(op, b_name, bias, x_name, x)
-        if bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{op}: {b_name} has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one "
-                f"for each row of {w_name}"
-            )
-
-
-def _check_rows(op: str, x: Tensor, targets: Tensor, rows: Tensor | None) -> None:
-    n, per = x.shape[0], "row of x"
-    if rows is not None:
-        check_tensor(op, "rows", rows, 1, "[M]")
-        check_dtype(op, "rows", rows, torch.int64)
-        check_device(op, "rows", rows, "x", x)
-        check_range(op, "rows", rows, 0, n, lambda: f"expected 0..{n - 1}, a row of x")
-    m = n if rows is None else rows.shape[0]
-    if targets.shape[0] != m:
-        per = "row of x" if rows is None else "entry of rows"
-        raise ValueError(
-            f"{op}: targets has shape {tuple(targets.shape)}, expected ({m},), one for each {per}"
-        )
-
-
-def check_weights(op: str, weights: Tensor | None, x: Tensor, m: int) -> None:
-    """One for each of m rows on the device of x, finite and not negative."""
-    if weights is None:
-        return
-    check_tensor(op, "weights", weights, 1, "[M]")
-    check_dtype(op, "weights", weights, *FLOAT_DTYPES)
-    check_device(op, "weights", weights, "x", x)
-    if weights.shape[0] != m:
-        raise ValueError(
-            f"{op}: weights has shape {tuple(weights.shape)}, expected ({m},), one for each loss"
-        )
-    check_values(
-        op,
-        "weights",
-        weights.detach(),
-        lambda w: (w >= 0) & (w < torch.inf),
-        lambda: "expected finite numbers >= 0",
-    )
-
-
-def check_reduction(op: str, reduction: str) -> None:
-    """One of `REDUCTIONS`."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
 
 
 @torch.library.register_fake("encfast::linear_cross_entropy")
@@ -233,7 +142,7 @@ torch.library.register_autograd(
 
 def _reference_fwd(x, weight, targets, bias, rows, *options_and_keep):
     *options, keep = options_and_keep
-    _check(x, weight, targets, bias, rows, *options)
+    check_operands(x, weight, targets, bias, rows, *options)
     loss, lse = _ref_fwd(x, weight, targets, bias, rows, *options)
     return loss, lse, new_kept(x, targets.shape[0], weight.shape[0], keep)
 
@@ -248,37 +157,32 @@ def _reference_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_an
 
 
 def _cpu_fwd(x, weight, targets, bias, rows, *options_and_keep):
-    _check(x, weight, targets, bias, rows, *options_and_keep[:-1])
-    return _cpu.forward(x, weight, targets, bias, rows, *options_and_keep)
+    *options, keep = options_and_keep
+    check_operands(x, weight, targets, bias, rows, *options)
+    kept = new_kept(x, targets.shape[0], weight.shape[0], keep)
+    return *_cpu.forward(x, weight, targets, bias, rows, *options, kept=kept), kept
 
 
 def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
-    _check(x, weight, targets, bias, rows, *options_and_wanted[:-3])
-    _check_saved(x, dloss, targets, weight, lse, kept)
-    return _cpu.backward(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted)
-
-
-def _check_saved(
-    x: Tensor, dloss: Tensor, targets: Tensor, weight: Tensor, lse: Tensor, kept: Tensor
-) -> None:
-    op = "linear_cross_entropy_bwd"
-    whole = kept_floats(x, targets.shape[0], weight.shape[0])
-    for name, saved, sizes in (
-        ("dloss", dloss, (targets.shape[0],)),
-        ("lse", lse, (targets.shape[0],)),
-        ("kept", kept, (whole, 0)),
-    ):
-        check_tensor(op, name, saved, 1)
-        check_dtype(op, name, saved, torch.float32)
-        if saved.shape[0] not in sizes:
-            raise ValueError(f"{op}: {name} has shape {tuple(saved.shape)}, expected ({sizes[0]},)")
+    *options, want_dx, want_dweight, want_dbias = options_and_wanted
+    op, m = "linear_cross_entropy_bwd", targets.shape[0]
+    check_operands(x, weight, targets, bias, rows, *options)
+    check_floats(op, "dloss", dloss, m)
+    check_floats(op, "lse", lse, m)
+    check_floats(op, "kept", kept, kept_floats(x, m, weight.shape[0]), 0)
+    dweight = new_weight_grad(weight, want_dweight)
+    operands = dloss, x, weight, targets, bias, rows, lse
+    dx, dbias = _cpu.backward(
+        *operands, kept, *options, dweight=dweight, want_dx=want_dx, want_dbias=want_dbias
+    )
+    return dx, dweight, dbias
 
 
 def _triton_fwd(x, weight, targets, *options_and_keep):
     from ..kernels import linear_cross_entropy as kernels
 
     *options, keep = options_and_keep
-    _check(x, weight, targets, *options)
+    check_operands(x, weight, targets, *options)
     loss, lse = kernels.linear_cross_entropy(x, weight, targets, *options)
     # Left as it is: the backward computes all logits again.
     return loss, lse, new_kept(x, targets.shape[0], weight.shape[0], keep)
@@ -356,15 +260,18 @@ def linear_cross_entropy(
         >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(x), targets))
         True
     """
-    _check(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
+    check_operands(x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap)
     check_weights("linear_cross_entropy", weights, x, targets.shape[0])
     check_reduction("linear_cross_entropy", reduction)
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    loss, _, _ = torch.ops.encfast.linear_cross_entropy(
-        x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap, keep
-    )
+    tensors = x, weight, targets, bias, rows
+    options = ignore_index, label_smoothing, z_loss, softcap
+    if _in_place.is_for(*tensors):
+        loss = _in_place.InPlace.apply(*tensors, *options)
+    else:
+        keep = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias)
+        )
+        loss, _, _ = torch.ops.encfast.linear_cross_entropy(*tensors, *options, keep)
     return reduce_rows(loss, targets != ignore_index, weights, reduction)
 
 

@@ -7,8 +7,9 @@ Conventions. Forward KL(teacher || student); only the student has gradients. It 
 by temperature^2, which Hinton et al. do to keep the size of gradients. Entries with p = 0 add 0. A
 mean over no rows, or over weights that are all 0, is 0 and so are its gradients.
 
-Memory. As linear_cross_entropy: on the CPU a slice of the vocabulary of each head at a time, and up
-to 13 MiB of the logits of both stay for the backward, which computes the others again.
+Memory. As linear_cross_entropy in compiled graphs: on the CPU a slice of the vocabulary of each
+head at a time, and up to 13 MiB of the logits of both stay for the backward, which computes the
+others again.
 
 Sources: Hinton et al. (arXiv:1503.02531); Hsu et al., Liger Kernel (arXiv:2410.10989).
 
@@ -26,8 +27,9 @@ from ..ref.linear_kl import linear_kl_bwd as _ref_bwd
 from . import _backends
 from . import _linear_kl_cpu as _cpu
 from ._checks import check_device, check_dtype, check_tensor
+from ._linear_cross_entropy_checks import check_head, check_reduction, check_weights
 from ._vocab_slices import kept_floats, new_kept
-from .linear_cross_entropy import check_head, check_reduction, check_weights, reduce_rows
+from .linear_cross_entropy import reduce_rows
 
 DISPATCHER_OPS = ("linear_kl", "linear_kl_bwd")
 

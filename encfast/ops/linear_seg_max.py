@@ -24,7 +24,7 @@ from ..ref.linear_seg_max import linear_seg_max_bwd as _ref_bwd
 from . import _backends
 from . import _linear_seg_max_cpu as _cpu
 from ._checks import check_dtype, check_tensor, check_values
-from .linear_cross_entropy import check_head
+from ._linear_cross_entropy_checks import check_head
 from .seg_pool import check_segments
 
 DISPATCHER_OPS = ("linear_seg_max", "linear_seg_max_bwd")
