@@ -17,8 +17,10 @@ NATIVE = ops.backends("packed_linear")["cpu"] == "native"
 PACK = torch.ops.encfast.pack_linear.default
 LINEAR = torch.ops.encfast.packed_linear.default
 
-# (N, C, F): no rows, one row, odd sizes, more than one block of C and of rows, tails of all three.
+# (N, C, F): no rows, one row, odd sizes, more than one block of C and of rows, tails of all three;
+# C of whole vectors, whose rows are read where they lie.
 SHAPES = [(0, 8, 6), (1, 1, 2), (7, 50, 70), (33, 131, 34), (130, 300, 66), (1000, 65, 38)]
+SHAPES += [(50, 1601, 66), (100, 832, 70), (300, 64, 38)]
 EPILOGUES = {
     "plain": {},
     "gelu": {"bias": True, "activation": "gelu"},
@@ -117,6 +119,24 @@ def test_strides_match_reference(format):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("epilogue", ["gelu", "gated", "layernorm"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name)
+def test_rows_have_the_same_bits_wherever_they_lie(dtype, format, epilogue):
+    """Read in place or packed first: contiguous, amid NaN, at odd addresses, 4096 bytes apart."""
+    for n, c in ((1, 64), (4, 64), (51, 448), (100, 832)):
+        x, weight, options = operands(n, c, 70, dtype, **EPILOGUES[epilogue])
+        expected = run(x, weight, format, **options)
+        for stride, first in ((c + 64, 64), (c + 3, 1), (4096 // x.itemsize, 0)):
+            wide = torch.full((n, stride), float("nan"), dtype=dtype)
+            wide[:, first : first + c] = x
+            found = run(wide[:, first : first + c], weight, format, **options)
+            assert torch.equal(found, expected), (n, c, stride)
+        row = x[:1].expand(n, c)  # one row for all, 0 bytes apart
+        again = run(row, weight, format, **options)
+        assert torch.equal(again, run(row.contiguous(), weight, format, **options))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_weight_dtypes(format):
     x, weight, _ = operands(20, 70, 40)
