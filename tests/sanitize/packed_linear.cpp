@@ -31,6 +31,9 @@ const Case kCases[] = {
     {"fp32 rmsnorm, few rows", kFp32, kF, 5, 300, 90, Activation::kRelu, true, Norm::kRmsNorm},
     {"fp32 gated, chunks share panels", kFp32, kB, 8, 2000, 1000, Activation::kRelu, true,
      Norm::kLayerNorm},
+    {"fp32 rows in place", kFp32, kF, 51, 448, 70, Activation::kNone, false, Norm::kNone},
+    {"bf16 rows in place", kBf16, kB, 51, 832, 70, Activation::kGelu, false, Norm::kLayerNorm},
+    {"int8 two blocks", kInt8, kB, 51, 1600, 70, Activation::kNone, true, Norm::kNone},
     {"int8 one value", kInt8, kF, 1, 1, 1, Activation::kNone, false, Norm::kNone},
 };
 
