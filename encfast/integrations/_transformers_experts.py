@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from encfast import ops
-from encfast.integrations._transformers_support import CHECKED_WITH, NAME, installed
+from encfast.integrations._transformers_support import LIBRARY, NAME
 from encfast.layers.mlp import activate, activation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def _check(experts: Any) -> None:
         if not hasattr(experts, flag):
             raise TypeError(
                 f"{kind} has no {flag}, expected experts under transformers' "
-                f"use_experts_implementation, as {CHECKED_WITH[1]} has it"
+                f"use_experts_implementation, as {LIBRARY.newest} has it"
             )
     for name in (_up_name(experts), "down_proj"):
         weight = getattr(experts, name, None)
@@ -115,7 +115,7 @@ def interface() -> Any:
     Raises:
         ImportError: if transformers is missing, or of a version without an ``ExpertsInterface``.
     """
-    transformers = installed()
+    transformers = LIBRARY.load()
     try:
         from transformers.integrations import moe
 
@@ -123,7 +123,7 @@ def interface() -> Any:
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"transformers {transformers.__version__} has no ExpertsInterface, which encfast's "
-            f"experts need; they were checked with {' to '.join(CHECKED_WITH)}"
+            f"experts need; they were checked with {LIBRARY.checked_with}"
         ) from error
     return moe
 
@@ -147,7 +147,7 @@ def self_test() -> None:
             raise RuntimeError(
                 f"transformers {transformers.__version__} passes experts in a way that encfast "
                 f"does not know, seen with {layout or 'the plain layout'}; it was checked with "
-                f"{' to '.join(CHECKED_WITH)}: {error}"
+                f"{LIBRARY.checked_with}: {error}"
             ) from error
 
 

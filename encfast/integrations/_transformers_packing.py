@@ -18,7 +18,7 @@ from encfast import ops
 from encfast.integrations._transformers_attention import Lengths, collected, wants_attentions
 from encfast.integrations._transformers_masks import has_gaps
 from encfast.integrations._transformers_self_test import register_attention
-from encfast.integrations._transformers_support import NAME, installed
+from encfast.integrations._transformers_support import LIBRARY, NAME
 from encfast.packed import PackedBatch
 
 # By package of transformers.models: the module around all blocks, and its first argument.
@@ -105,7 +105,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if any(_ATTRIBUTE in m.__dict__ for m in model.modules()):
         return model
-    transformers = installed()
+    transformers = LIBRARY.load()
     parts = [(m, family) for m in model.modules() if (family := _family(m))]
     _check(model, parts, transformers)
     register_attention()

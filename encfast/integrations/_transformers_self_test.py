@@ -9,7 +9,7 @@ from torch import Tensor
 
 from encfast.integrations._transformers_attention import attention_forward
 from encfast.integrations._transformers_masks import padding_mask
-from encfast.integrations._transformers_support import CHECKED_WITH, NAME, installed
+from encfast.integrations._transformers_support import LIBRARY, NAME
 
 _TOLERANCE = 1e-5  # fp32, hidden states of unit size
 _SIZES: dict[str, Any] = {
@@ -33,7 +33,7 @@ def register_attention() -> None:
         ImportError: if transformers is missing or of a version that encfast does not know.
         RuntimeError: if a small model computes something else; nothing is registered then.
     """
-    transformers = installed()
+    transformers = LIBRARY.load()
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -48,7 +48,7 @@ def register_attention() -> None:
             del interface._global_mapping[NAME]
         raise RuntimeError(
             f"transformers {transformers.__version__} calls attention in a way that encfast does "
-            f"not know; it was checked with {' to '.join(CHECKED_WITH)}: {error}"
+            f"not know; it was checked with {LIBRARY.checked_with}: {error}"
         ) from error
 
 

@@ -17,15 +17,19 @@ Source: `Transformer._can_flatten_inputs` of sentence-transformers 6.2.
 
 from __future__ import annotations
 
-import re
 from typing import Any, TypeVar
 
 from encfast.integrations import transformers as hook
+from encfast.integrations._library import Library
 
 __all__ = ["MultipleNegativesRankingLoss", "enable"]  # noqa: F822, the first by __getattr__
 
-CHECKED_WITH = "6.2"
-_OLDEST, _NEXT_MAJOR = (6, 2), (7, 0)
+_LIBRARY = Library(
+    "sentence_transformers",
+    "6.2",
+    "6.2",
+    "encfast.integrations.transformers.accelerate(model) does without its internals",
+)
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # What the switch is made of; a version without one of them has another.
 _PARTS = ("can_flatten_inputs", "model_forward_params", "_infer_flatten_position_offset")
@@ -50,14 +54,14 @@ def enable(model: ModelT) -> ModelT:
         NotImplementedError: for a first module that is no encoder of texts, or one that can neither
             be flattened nor accelerated; nothing is changed then.
     """
-    version = _version()
+    version = _LIBRARY.load().__version__
     first: Any = model[0]  # type: ignore[index]
     encoder = getattr(first, "model", None)
     name = f"{type(model).__name__} with sentence-transformers {version}"
     if not all(hasattr(first, part) for part in _PARTS) or encoder is None:
         raise NotImplementedError(
             f"enable: {name} starts with a {type(first).__name__}, expected a Transformer as "
-            f"sentence-transformers {CHECKED_WITH} has it; the model stays as it is"
+            f"sentence-transformers {_LIBRARY.newest} has it; the model stays as it is"
         )
     if not _flat(first):
         return _accelerated(model, name)
@@ -79,29 +83,10 @@ def __getattr__(name: str) -> Any:
     """The loss inherits from sentence-transformers, which this module does without until asked."""
     if name != "MultipleNegativesRankingLoss":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _version()
+    _LIBRARY.load()
     from encfast.integrations import _sentence_transformers_loss
 
     return _sentence_transformers_loss.MultipleNegativesRankingLoss
-
-
-def _version() -> str:
-    try:
-        import sentence_transformers
-    except ImportError as error:
-        raise ImportError(
-            "encfast.integrations.sentence_transformers needs sentence-transformers, which is not "
-            f"installed; it was checked with {CHECKED_WITH}"
-        ) from error
-    version = sentence_transformers.__version__
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    if not _OLDEST <= numbers < _NEXT_MAJOR:
-        raise ImportError(
-            f"sentence-transformers {version} is not one that enable() knows: it was checked with "
-            f"{CHECKED_WITH} and takes later ones of version {_OLDEST[0]}; "
-            "encfast.integrations.transformers.accelerate(model) does without its internals"
-        )
-    return version
 
 
 def _flat(first: Any) -> bool:

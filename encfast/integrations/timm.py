@@ -18,14 +18,15 @@ PatchDropout (arXiv:2208.07220).
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import torch
 from torch import nn
 
-CHECKED_WITH = "1.0.26 to 1.0.31"  # the oldest and the newest
-_OLDEST, _NEXT_MAJOR = (1, 0, 26), (2,)  # before it attention has no is_causal
+from encfast.integrations._library import Library
+
+# Before 1.0.26 attention has no is_causal.
+_LIBRARY = Library("timm", "1.0.26", "1.0.31", "encfast.layers.Attention needs no timm")
 _CLASSES = ("Attention", "PatchDropout", "PatchDropoutWithIndices")
 _TOLERANCE = 1e-5  # fp32, outputs of unit size
 _ATTRIBUTE = "_encfast_timm_classes"
@@ -49,7 +50,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if any(_ATTRIBUTE in m.__dict__ for m in model.modules()):
         return model
-    modules, version = _modules(), _installed().__version__
+    modules, version = _modules(), _LIBRARY.load().__version__
     ours = {getattr(modules.layers, name): getattr(modules, name) for name in _CLASSES}
     found = [m for m in model.modules() if type(m) in ours]
     name = f"accelerate: {type(model).__name__} with timm {version}"
@@ -66,7 +67,8 @@ def accelerate(model: nn.Module) -> nn.Module:
         if unknown:
             raise NotImplementedError(
                 f"{name} has {type(module).__name__} with {', '.join(sorted(unknown))}, which "
-                f"encfast does not know; it was checked with {CHECKED_WITH}; it stays as it is"
+                f"encfast does not know; it was checked with {_LIBRARY.checked_with}. The model "
+                "stays as it is"
             )
     setattr(model, _ATTRIBUTE, [(m, type(m)) for m in found])
     for module in found:
@@ -89,33 +91,9 @@ def __getattr__(name: str) -> Any:
     return getattr(_modules(), name)
 
 
-def _installed() -> Any:
-    """The module ``timm``.
-
-    Raises:
-        ImportError: if it is missing, does not load, or is of a version that encfast does not know;
-            the message names the versions that it does.
-    """
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"encfast.integrations.timm needs timm, which could not be imported: {error}; it was "
-            f"checked with timm {CHECKED_WITH}, here with PyTorch {torch.__version__}"
-        ) from error
-    version = tuple(int(n) for n in re.findall(r"\d+", timm.__version__)[:3])
-    if not _OLDEST <= version < _NEXT_MAJOR:
-        raise ImportError(
-            f"timm {timm.__version__} is not one that encfast's hooks know: they were checked with "
-            f"{CHECKED_WITH}, and take {'.'.join(map(str, _OLDEST))} and later ones of version "
-            f"{_OLDEST[0]}; encfast.layers.Attention needs no timm"
-        )
-    return timm
-
-
 def _modules() -> Any:
     """The classes, after a self-test of the first call."""
-    version = _installed().__version__
+    version = _LIBRARY.load().__version__
     from encfast.integrations import _timm_modules
 
     _self_test(version)
@@ -143,5 +121,5 @@ def _self_test(version: str) -> None:
     except Exception as error:
         raise RuntimeError(
             f"timm {version} computes attention in a way that encfast does not know; it was "
-            f"checked with {CHECKED_WITH}: {error}"
+            f"checked with {_LIBRARY.checked_with}: {error}"
         ) from error

@@ -357,16 +357,9 @@ def test_a_self_test_that_fails():
 )
 def test_timm_that_does_not_load(error):
     """Missing; or beside a torchvision that is not of this PyTorch."""
-    imported = __import__
-
-    def failing(name: str, *rest: Any) -> Any:
-        if name == "timm":
-            raise error
-        return imported(name, *rest)
-
     message = f"needs timm, which could not be imported: {error}; it was checked with timm 1.0.26"
     with (
-        mock.patch("builtins.__import__", failing),
+        mock.patch("importlib.import_module", side_effect=error),
         pytest.raises(ImportError, match=re.escape(message)),
     ):
         hook.accelerate(nn.Linear(2, 2))

@@ -418,6 +418,6 @@ def test_a_self_test_that_fails_registers_nothing():
 def test_needs_transformers():
     with (
         mock.patch.dict(sys.modules, {"transformers": None}),
-        pytest.raises(ImportError, match="needs transformers, which is not installed"),
+        pytest.raises(ImportError, match="needs transformers, which could not be imported"),
     ):
         hook.register()
