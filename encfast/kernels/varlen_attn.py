@@ -60,6 +60,7 @@ _AMPERE = {
 # The instructions of sm_80, but for sm_86, 89 and 120 the compiler runs out of registers earlier.
 _SMALL = _AMPERE | {
     (2, PLAIN): {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    (4, BIASED): {128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
 }
 _HOPPER = _AMPERE | {
     (2, PLAIN): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
