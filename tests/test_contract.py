@@ -491,3 +491,24 @@ else:
 @pytest.mark.quick
 def test_reference_serves_without_the_library_and_says_so_once():
     subprocess.run([sys.executable, "-c", WITHOUT_LIBRARY], check=True, cwd=ROOT)
+
+
+EXAMPLES_WITHOUT_LIBRARY = """
+import doctest, warnings, torch
+torch.ops.load_library = lambda path: (_ for _ in ()).throw(OSError("no library today"))
+warnings.simplefilter("ignore")
+import encfast
+from encfast import ops
+globs = {"torch": torch, "encfast": encfast, "ops": ops, "PackedBatch": encfast.PackedBatch}
+runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+finder = doctest.DocTestFinder(recurse=False)
+for name in ops.__all__:
+    for test in finder.find(getattr(ops, name), name, globs=dict(globs)):
+        torch.manual_seed(0)
+        runner.run(test)
+assert runner.tries > 50 and not runner.failures, runner.tries
+"""
+
+
+def test_the_examples_of_all_ops_run_without_the_library():
+    subprocess.run([sys.executable, "-c", EXAMPLES_WITHOUT_LIBRARY], check=True, cwd=ROOT)

@@ -247,9 +247,7 @@ def test_negative_ids():
 def test_transformers_that_encfast_does_not_know():
     with (
         mock.patch.dict(sys.modules, {"transformers": None}),
-        pytest.raises(
-            ImportError, match="needs transformers, which is not installed; it was check"
-        ),
+        pytest.raises(ImportError, match=r"needs transformers, .* could not be imported.* it was"),
     ):
         hook.register()
     version = transformers.__version__

@@ -23,6 +23,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .. import _load
+
+# Memory for the gradient of a weight, in large pages where the system has them: gradients of
+# vocabularies are the largest tensors of all and fresh at every step.
+torch.library.define("encfast::vocab_weight_grad", "(Tensor weight) -> Tensor")
+# What the CPU does between products, on its own slices of logits.
+torch.library.define(
+    "encfast::vocab_scan",
+    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor(a!) stats) "
+    "-> ()",
+)
+torch.library.define(
+    "encfast::vocab_grad",
+    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor coefficients, "
+    "Tensor(a!) grad) -> ()",
+)
+
 # Logits that the second pass need not compute again. With a slot, and gradients of some thousand
 # rows, a call stays within 25 MiB beside the gradient of the weight.
 KEPT_BYTES = 13 * 2**20
@@ -50,8 +67,10 @@ def new_kept(x: Tensor, rows: int, vocab: int, keep: bool) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Of the operands of products on the CPU: bfloat16 only where instructions multiply it."""
+    if x.dtype != torch.bfloat16 or _load.error is not None:
+        return torch.float32
     multiplies = torch.ops.encfast.cpu_isa() in ("avx512bf16", "avx512amx")
-    return torch.bfloat16 if x.dtype == torch.bfloat16 and multiplies else torch.float32
+    return torch.bfloat16 if multiplies else torch.float32
 
 
 class VocabSlices:

@@ -63,20 +63,6 @@ torch.library.define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# Memory for the gradient of a weight, in large pages where the system has them: gradients of
-# vocabularies are the largest tensors of all and fresh at every step.
-torch.library.define("encfast::vocab_weight_grad", "(Tensor weight) -> Tensor")
-# What the CPU does between products, on its own slices of logits.
-torch.library.define(
-    "encfast::vocab_scan",
-    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor(a!) stats) "
-    "-> ()",
-)
-torch.library.define(
-    "encfast::vocab_grad",
-    "(Tensor logits, Tensor? bias, Tensor targets, int first, float softcap, Tensor coefficients, "
-    "Tensor(a!) grad) -> ()",
-)
 
 
 @torch.library.register_fake("encfast::linear_cross_entropy")
