@@ -7,6 +7,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# How scripts that measure memory begin: `peak(f)` is how many bytes f needs for a time.
+PEAK = """
+import gc, re, sys, torch, encfast
+from pathlib import Path
+
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
+
+def peak(f):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    f()
+    return resident("VmHWM") - before
+"""
+
 
 def python(*args, **env):
     """Runs another Python in the repository and returns its output; fails with it."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import by_the_op
-from fresh_python import python, run_under_isa
+from fresh_python import PEAK, python, run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import BF16, DTYPES, FP32, assert_same, for_thread_counts, name, results
@@ -299,21 +299,9 @@ def test_the_same_bits_in_every_run():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-MEMORY = """
-import gc, re, sys, torch, encfast
-from pathlib import Path
-
-def resident(field):
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
-
-def peak(f):
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    f()
-    return resident("VmHWM") - before
-
+MEMORY = (
+    PEAK
+    + """
 M, V, C = 307, 50368, 64
 x, weight = (torch.randn(n, C).requires_grad_() for n in (M, V))
 targets = torch.randint(0, V, (M,))
@@ -328,6 +316,7 @@ for name, head in heads.items():
     peaks[name] = peak(lambda: torch.autograd.grad(head(), (x, weight)))
 print(*peaks.values(), weight.nbytes)
 """
+)
 
 
 @pytest.mark.host

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import by_the_op
-from fresh_python import python, run_under_isa
+from fresh_python import PEAK, python, run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import DTYPES, FP32, name, results
@@ -374,21 +374,9 @@ def test_direct_calls_never_read_out_of_bounds():
             BWD(dloss, X, W, targets, None, None, its_lse, *options, memory, True, True)
 
 
-MEMORY = """
-import gc, re, sys, torch, encfast
-from pathlib import Path
-
-def resident(field):
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
-
-def peak(f):
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    f()
-    return resident("VmHWM") - before
-
+MEMORY = (
+    PEAK
+    + """
 M, V, C = 307, 50368, 320
 x, weight = (torch.randn(n, C).requires_grad_() for n in (M, V))
 targets = torch.randint(0, V, (M,))
@@ -399,6 +387,7 @@ run(few)  # threads and MKL's buffers
 x.grad = weight.grad = None
 print(peak(lambda: run(targets)), weight.nbytes)
 """
+)
 
 
 @pytest.mark.quick

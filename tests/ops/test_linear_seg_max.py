@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from fresh_python import python
+from fresh_python import PEAK, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_cases import (
@@ -225,21 +225,9 @@ def test_gradients_are_the_same_bits_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-MEMORY = """
-import gc, re, torch, encfast
-from pathlib import Path
-
-def resident(field):
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
-
-def peak(f):
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    f()
-    return resident("VmHWM") - before
-
+MEMORY = (
+    PEAK
+    + """
 B, L, V, C = 6, 128, 30522, 32
 x, weight = (torch.randn(n, C).requires_grad_() for n in (B * L, V))
 cu_seqlens = torch.arange(0, B * L + 1, L, dtype=torch.int32)
@@ -251,6 +239,7 @@ torch.autograd.grad(heads["ours"]().logsumexp(1).sum(), (x, weight))  # threads 
 for head in heads.values():
     print(peak(lambda: torch.autograd.grad(head().logsumexp(1).sum(), (x, weight))))
 """
+)
 
 
 @pytest.mark.host
