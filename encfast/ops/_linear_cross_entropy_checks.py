@@ -20,6 +20,7 @@ REDUCTIONS = ("none", "mean", "sum")
 def check_operands(
     x, weight, targets, bias, rows, ignore_index, label_smoothing, z_loss, softcap
 ) -> None:
+    """What the op's docstring asks of its arguments."""
     op = "linear_cross_entropy"
     check_head(op, x, weight, bias)
     check_tensor(op, "targets", targets, 1, "[M]")
@@ -109,9 +110,9 @@ def check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}: reduction is {reduction!r}, expected one of {REDUCTIONS}")
 
 
-def check_floats(op: str, name: str, x: Tensor, *sizes: int) -> None:
-    """float32 [n], n one of `sizes`; the first is what the message says."""
-    check_tensor(op, name, x, 1)
+def check_floats(op: str, name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """float32 of one of these shapes; the first is what the message says."""
+    check_tensor(op, name, x, len(shapes[0]))
     check_dtype(op, name, x, torch.float32)
-    if x.shape[0] not in sizes:
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected ({sizes[0]},)")
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {shapes[0]}")

@@ -58,8 +58,8 @@ def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, *options_and_wanted):
     *options, memory, want_dx, want_dbias = options_and_wanted
     op, m = "linear_cross_entropy_in_place_bwd", targets.shape[0]
     check_operands(x, weight, targets, bias, rows, *options)
-    check_floats(op, "dloss", dloss, m)
-    check_floats(op, "lse", lse, m)
+    check_floats(op, "dloss", dloss, (m,))
+    check_floats(op, "lse", lse, (m,))
     _check_memory(op, weight, memory)
     operands = dloss, x, weight, targets, bias, rows, lse
     return _cpu.backward(

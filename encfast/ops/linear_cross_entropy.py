@@ -153,9 +153,9 @@ def _cpu_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_want
     *options, want_dx, want_dweight, want_dbias = options_and_wanted
     op, m = "linear_cross_entropy_bwd", targets.shape[0]
     check_operands(x, weight, targets, bias, rows, *options)
-    check_floats(op, "dloss", dloss, m)
-    check_floats(op, "lse", lse, m)
-    check_floats(op, "kept", kept, kept_floats(x, m, weight.shape[0]), 0)
+    check_floats(op, "dloss", dloss, (m,))
+    check_floats(op, "lse", lse, (m,))
+    check_floats(op, "kept", kept, (kept_floats(x, m, weight.shape[0]),), (0,))
     dweight = new_weight_grad(weight, want_dweight)
     operands = dloss, x, weight, targets, bias, rows, lse
     dx, dbias = _cpu.backward(

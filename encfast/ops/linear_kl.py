@@ -26,8 +26,13 @@ from ..ref.linear_kl import linear_kl as _ref_fwd
 from ..ref.linear_kl import linear_kl_bwd as _ref_bwd
 from . import _backends
 from . import _linear_kl_cpu as _cpu
-from ._checks import check_device, check_dtype, check_tensor
-from ._linear_cross_entropy_checks import check_head, check_reduction, check_weights
+from ._checks import check_device, check_dtype
+from ._linear_cross_entropy_checks import (
+    check_floats,
+    check_head,
+    check_reduction,
+    check_weights,
+)
 from ._vocab_slices import kept_floats, new_kept
 from .linear_cross_entropy import reduce_rows
 
@@ -158,23 +163,12 @@ def _cpu_bwd(dloss, *args):
     *operands, lse, kept, want_dx, want_dweight, want_dbias = args
     _check(*operands)
     x, weight, *_ = operands
-    _check_saved(x, weight, dloss, lse, kept)
+    op, m = "linear_kl_bwd", x.shape[0]
+    check_floats(op, "dloss", dloss, (m,))
+    check_floats(op, "lse", lse, (2, m))
+    check_floats(op, "kept", kept, (kept_floats(x, m, weight.shape[0]),), (0,))
     wanted = want_dx, want_dweight, want_dbias
     return _cpu.backward(dloss, _cpu.Operands(*operands), lse, kept, *wanted)
-
-
-def _check_saved(x: Tensor, weight: Tensor, dloss: Tensor, lse: Tensor, kept: Tensor) -> None:
-    m, op = x.shape[0], "linear_kl_bwd"
-    whole = kept_floats(x, m, weight.shape[0])
-    for name, t, shapes in (
-        ("dloss", dloss, ((m,),)),
-        ("lse", lse, ((2, m),)),
-        ("kept", kept, ((whole,), (0,))),
-    ):
-        check_tensor(op, name, t)
-        check_dtype(op, name, t, torch.float32)
-        if tuple(t.shape) not in shapes:
-            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shapes[0]}")
 
 
 def _triton_fwd(*args):
