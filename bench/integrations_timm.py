@@ -7,21 +7,20 @@ selection and one gather of rows.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant, absent, cosine_gate
+from before_after import BF16, FP32, against_the_first, alike, variants
+from harness import BenchSpec, Call, Gate, Setting, Variant, absent
 from steps import adamw_step, verify_step
+from timing import short_name
 from torch import Tensor, nn
 
 import vision
 
-FP32, BF16 = torch.float32, torch.bfloat16
-MIN_COSINE = {FP32: 0.999999, BF16: 0.999}
 _CLASSES = 10
 _TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -95,8 +94,7 @@ def _tokens(inputs: Inputs) -> float:
 
 
 def _verify(inputs: Inputs, variant: Variant, found: Tensor) -> Gate:
-    cosine = F.cosine_similarity(found.float(), inputs.logits).min().item()
-    return cosine_gate(cosine, MIN_COSINE[variant.dtype])
+    return alike(found, inputs.logits, variant)
 
 
 def _spec(
@@ -108,26 +106,17 @@ def _spec(
     setting: Setting,
     step: bool,
 ) -> BenchSpec:
-    short, phase = {FP32: "fp32", BF16: "bf16"}[dtype], "step" if step else "inference"
-    make = _training if step else _inference
-    variants = tuple(
-        Variant(
-            f"{who} {short}",
-            dtype,
-            functools.partial(make, ours=who != "timm", dtype=dtype),
-            ours=who != "timm",
-            torch_products=True,
-        )
-        for who in ("timm", "encfast accelerate")
-    )
+    short, phase = short_name(dtype), "step" if step else "inference"
+    ways = (("timm", False), ("encfast accelerate", True))
+    rows = variants(ways, _training if step else _inference, dtype)
     return BenchSpec(
         name=f"integrations/timm-{name}-{phase}-{short}",
         title=f"inside timm, {phase}, {title}, {short}",
         inputs=lambda: _inputs(options, batch, step, setting.device),
-        variants=variants,
+        variants=rows,
         verify=verify_step if step else _verify,
         tokens=_tokens,
-        pairs=((variants[1].name, variants[0].name),),
+        pairs=against_the_first(rows),
         needs=("timm",),
         budget_s=0.2 if setting.suite == "tiny" else 10.0,
     )
