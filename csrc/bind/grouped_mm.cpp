@@ -4,10 +4,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cstring>
 #include <tuple>
 
+#include "bind/grouped_tasks.h"
 #include "bind/matrix.h"
 #include "bind/pool.h"
 #include "cpu/isa.h"
@@ -76,46 +76,13 @@ struct Problem {
   }
 };
 
-// Parts of at most `most`, equal up to a multiple of `step`.
-int64_t even_share(int64_t n, int64_t most, int64_t step) {
-  const int64_t parts = (n + most - 1) / most;
-  const int64_t share = (n + parts - 1) / parts;
-  return std::min(most, (share + step - 1) / step * step);
-}
-
-// Tasks over `rows(e)` x `columns` results with `terms(e)` terms a sum, expensive ones first.
-template <class Rows, class Terms>
-std::vector<GroupedMmTask> plan(GroupedProduct product, int64_t E, int64_t columns, Rows rows,
-                                Terms terms) {
-  const int64_t most_rows = grouped_rows(product), most_columns = grouped_columns(product);
-  constexpr int64_t kStep = 12, kPackCost = 4;
-  std::vector<GroupedMmTask> tasks;
-  for (int64_t e = 0; e < E; ++e) {
-    if (rows(e) == 0) continue;
-    const int64_t share = even_share(rows(e), most_rows, kStep);
-    for (int64_t n = 0; n < columns; n += most_columns) {
-      for (int64_t m = 0; m < rows(e); m += share) {
-        tasks.push_back(
-            {e, m, std::min(m + share, rows(e)), n, std::min(n + most_columns, columns)});
-      }
-    }
-  }
-  const auto cost = [&](const GroupedMmTask& t) {
-    return (t.m_end - t.m + kPackCost) * (t.n_end - t.n) * (terms(t.group) + kPackCost);
-  };
-  std::stable_sort(tasks.begin(), tasks.end(), [&](const GroupedMmTask& s, const GroupedMmTask& t) {
-    return cost(s) > cost(t);
-  });
-  return tasks;
-}
-
 void multiply(GroupedMmParams& p, const Tensor& like, const std::vector<GroupedMmTask>& tasks) {
   TorchPool pool;
   const GroupedMmKernels& kernels = cpu_kernels().grouped_mm;
-  const Workspace workspace(like, kernels.workspace_bytes(pool.threads()));
-  p.workspace = workspace.data();
   p.tasks = tasks.data();
   p.n_tasks = static_cast<int64_t>(tasks.size());
+  const Workspace workspace(like, kernels.workspace_bytes(p, pool.threads()));
+  p.workspace = workspace.data();
   if (p.n_tasks > 0) kernels.multiply(p, pool.pool());
 }
 
@@ -145,7 +112,7 @@ Tensor by_weight(const Problem& q, GroupedProduct product, const Tensor& rows, i
                     0,
                     nullptr};
   multiply(p, q.x,
-           plan(
+           grouped_tasks(
                product, q.E, columns, [&](int64_t e) { return q.groups.rows(e); },
                [&](int64_t) { return terms; }));
   return out;
@@ -168,7 +135,7 @@ Tensor grad_weight(const Problem& q, const Tensor& dout) {
                     0,
                     nullptr};
   multiply(p, q.x,
-           plan(
+           grouped_tasks(
                p.product, q.E, q.C, [&](int64_t) { return q.F; },
                [&](int64_t e) { return q.groups.rows(e); }));
   return out;

@@ -81,10 +81,11 @@ struct StridedA {
   }
 };
 
-// C[i][0:kVecs] (+)= sum over k < n_k of a(i, k) * b[k * ldb + 0:kVecs].
+// C[i][0:kVecs] (+)= sum over k < n_k of a(i, k) * b[k * ldb + 0:kVecs], then + bias[0:kVecs], if
+// there is one.
 template <class Dot, int kRows, int kVecs, class A>
 ENCFAST_INLINE void gemm_tile(A a, const float* b, int ldb, int n_k, float* c, int ldc,
-                              bool accumulate) {
+                              bool accumulate, const float* bias = nullptr) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -108,7 +109,9 @@ ENCFAST_INLINE void gemm_tile(A a, const float* b, int ldb, int n_k, float* c, i
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       float* p = c + i * ldc + v * kW;
-      store(p, accumulate ? Dot::add(load(p), acc[i][v]) : acc[i][v]);
+      Vec sum = accumulate ? Dot::add(load(p), acc[i][v]) : acc[i][v];
+      if (bias) sum = Dot::add(sum, load(bias + v * kW));
+      store(p, sum);
     }
   }
 }
@@ -116,13 +119,14 @@ ENCFAST_INLINE void gemm_tile(A a, const float* b, int ldb, int n_k, float* c, i
 // All rows [0, rows) of C, `rows` a multiple of kShortTileRows.
 template <class Dot, int kVecs, class A>
 inline void gemm_rows(A a, int rows, const float* b, int ldb, int n_k, float* c, int ldc,
-                      bool accumulate) {
+                      bool accumulate, const float* bias = nullptr) {
   int i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) {
-    gemm_tile<Dot, kTileRows, kVecs>(a.from(i), b, ldb, n_k, c + i * ldc, ldc, accumulate);
+    gemm_tile<Dot, kTileRows, kVecs>(a.from(i), b, ldb, n_k, c + i * ldc, ldc, accumulate, bias);
   }
   for (; i < rows; i += kShortTileRows) {
-    gemm_tile<Dot, kShortTileRows, kVecs>(a.from(i), b, ldb, n_k, c + i * ldc, ldc, accumulate);
+    gemm_tile<Dot, kShortTileRows, kVecs>(a.from(i), b, ldb, n_k, c + i * ldc, ldc, accumulate,
+                                          bias);
   }
 }
 

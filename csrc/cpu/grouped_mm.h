@@ -13,17 +13,17 @@ enum class GroupedProduct {
   kGradWeight,  // dW[e] = sum over i of dout[i]^T x[i]
 };
 
-// What a task may compute at most: the sizes of its workspace. Rows are a multiple of every tile's.
-// A weight's gradient is written in long rows: its pages are fresh, and the system clears each as
-// it is touched, so that whoever comes back later finds it gone from the caches.
+// What a task computes at most. Its columns of B are packed once for all its rows, and its rows of
+// A once or not at all for its columns: large tasks pack little, small ones leave no thread idle.
 constexpr int64_t grouped_rows(GroupedProduct p) {
-  return p == GroupedProduct::kGradWeight ? 48 : 192;
+  return p == GroupedProduct::kGradWeight ? 768 : 960;
 }
-constexpr int64_t grouped_columns(GroupedProduct p) {
-  return p == GroupedProduct::kGradWeight ? 1024 : 256;
-}
+constexpr int64_t kGroupedColumns = 768;
+// What rows and columns of a task are best multiples of.
+constexpr int64_t kGroupedRowStep = 48, kGroupedColumnStep = 32;
 
-// Rows [m, m_end) and columns [n, n_end) of a group's result; n is a multiple of grouped_columns.
+// Rows [m, m_end) and columns [n, n_end) of a group's result, at most grouped_rows and
+// kGroupedColumns.
 struct GroupedMmTask {
   int64_t group, m, m_end, n, n_end;
 };
@@ -41,7 +41,7 @@ struct GroupedMmParams {
   int64_t out_group_stride;   // of kGradWeight
   const GroupedMmTask* tasks;
   int64_t n_tasks;
-  void* workspace;
+  void* workspace;  // workspace_bytes, 64-byte aligned, contents undefined
 };
 
 struct GroupedSumParams {
@@ -52,7 +52,7 @@ struct GroupedSumParams {
 };
 
 struct GroupedMmKernels {
-  int64_t (*workspace_bytes)(int threads);
+  int64_t (*workspace_bytes)(const GroupedMmParams& p, int threads);
   void (*multiply)(const GroupedMmParams& p, const Pool& pool);
   // out[e] = sum of the rows of group e.
   void (*sum_rows)(const GroupedSumParams& p, const Pool& pool);

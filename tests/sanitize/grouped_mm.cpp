@@ -19,7 +19,7 @@ const Case kCases[] = {
     {"fp32 odd", kF, 45, 37, {0, 5, 5, 38}},    {"bf16 odd", kB, 45, 37, {0, 5, 5, 38}},
     {"fp16 odd", kH, 45, 37, {0, 5, 5, 38}},    {"fp32 whole lines", kF, 64, 32, {0, 16}},
     {"bf16 blocks", kB, 530, 270, {0, 3, 203}}, {"fp32 one value", kF, 1, 1, {0, 1}},
-    {"fp32 wide", kF, 1100, 300, {0, 3, 9}},
+    {"fp32 wide", kF, 1100, 300, {0, 3, 9}},    {"fp32 blocks", kF, 530, 270, {0, 3, 203}},
 };
 
 int64_t terms_of(const Case& c, GroupedProduct product) {
@@ -42,7 +42,7 @@ std::vector<char> run(const Case& c, GroupedProduct product, int threads) {
   std::vector<GroupedMmTask> tasks;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t rows = of_weight ? c.F : c.ends[e + 1] - c.ends[e];
-    const int64_t most_rows = grouped_rows(product), most_columns = grouped_columns(product);
+    const int64_t most_rows = 96, most_columns = 64;  // several tasks
     for (int64_t m = 0; m < rows; m += most_rows) {
       for (int64_t n = 0; n < columns; n += most_columns) {
         tasks.push_back(
@@ -52,24 +52,25 @@ std::vector<char> run(const Case& c, GroupedProduct product, int threads) {
   }
   const Block out(static_cast<size_t>(elements * size_of(c.dtype)));
   std::memset(out.data, 0xff, out.bytes);
-  const Block workspace(static_cast<size_t>(kKernels.workspace_bytes(threads)));
+  GroupedMmParams p{
+      product,
+      c.ends.data(),
+      forward ? ConstMatrix{x.data(), c.C, c.dtype} : ConstMatrix{dout.data(), c.F, c.dtype},
+      of_weight ? ConstMatrix{x.data(), c.C, c.dtype} : ConstMatrix{weight.data(), c.C, c.dtype},
+      c.F * c.C,
+      terms_of(c, product),
+      forward ? reinterpret_cast<const float*>(bias.data()) : nullptr,
+      columns,
+      {out.data, columns, c.dtype},
+      c.F * c.C,
+      tasks.data(),
+      static_cast<int64_t>(tasks.size()),
+      nullptr};
+  const Block workspace(static_cast<size_t>(kKernels.workspace_bytes(p, threads)));
   std::memset(workspace.data, 0xff, workspace.bytes);
+  p.workspace = workspace.data;
   ThreadPool pool{threads};
-  kKernels.multiply(
-      {product,
-       c.ends.data(),
-       forward ? ConstMatrix{x.data(), c.C, c.dtype} : ConstMatrix{dout.data(), c.F, c.dtype},
-       of_weight ? ConstMatrix{x.data(), c.C, c.dtype} : ConstMatrix{weight.data(), c.C, c.dtype},
-       c.F * c.C,
-       terms_of(c, product),
-       forward ? reinterpret_cast<const float*>(bias.data()) : nullptr,
-       columns,
-       {out.data, columns, c.dtype},
-       c.F * c.C,
-       tasks.data(),
-       static_cast<int64_t>(tasks.size()),
-       workspace.data},
-      pool.pool());
+  kKernels.multiply(p, pool.pool());
   const char* bytes = static_cast<const char*>(out.data);
   return {bytes, bytes + out.bytes};
 }
