@@ -38,6 +38,7 @@ BENCHES = (
     "rotary",
     "add_norm",
     "glu",
+    "linear",
     "grouped_mm",
     "seg_pool",
     "moe",

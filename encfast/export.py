@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from encfast.ops._backends import references
@@ -24,6 +25,7 @@ _TRACED: dict[str, Callable] = {
     "seg_pool": traced.seg_pool,
     "scatter_rows": traced.scatter_rows,
     "find_rows": traced.find_rows,
+    "linear": F.linear,
 }
 
 

@@ -92,6 +92,17 @@ CpuKernels choose() {
 
 std::string cpu_isa() { return cpu_kernels().name; }
 
+// What cpuid calls the maker of an x86 CPU, like "AuthenticAMD"; nothing for others.
+std::string cpu_vendor() {
+#if defined(__x86_64__)
+  unsigned eax, name[3];
+  if (__get_cpuid(0, &eax, &name[0], &name[2], &name[1])) {
+    return {reinterpret_cast<const char*>(name), sizeof(name)};
+  }
+#endif
+  return {};
+}
+
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
@@ -104,9 +115,11 @@ const CpuKernels& cpu_kernels() {
 STABLE_TORCH_LIBRARY_FRAGMENT(encfast, m) {
   m.def("cpu_isa() -> str");   // the ISA in use
   m.def("cpu_isas() -> str");  // those that could be, separated by commas
+  m.def("cpu_vendor() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(encfast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&encfast::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&encfast::runnable));
+  m.impl("cpu_vendor", TORCH_BOX(&encfast::cpu_vendor));
 }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
-from encfast.layers import MLP, Attention, Block, Embeddings, Norm, Rotary, activation
+from encfast.layers import MLP, Attention, Block, Embeddings, Linear, Norm, Rotary, activation
 from encfast.layers.dropout import Dropout
 from encfast.packed import PackedBatch
 
@@ -31,18 +31,18 @@ _gather_rows = torch.ops.encfast.gather_rows.default
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def expect(name: str, module: Any, kind: type[ModuleT]) -> ModuleT:
-    """``module``, if it is a plain ``kind``: only then is it known what it computes.
+def expect(name: str, module: Any, *kinds: type[ModuleT]) -> ModuleT:
+    """``module``, if it is plainly one of ``kinds``: only then is it known what it computes.
 
     Raises:
         NotImplementedError: naming the module, for another class (a subclass, an adapter, a
             quantised layer) and for forward hooks, which would not run.
     """
-    if type(module) is not kind:
+    if type(module) not in kinds:
         found = f"{type(module).__module__}.{type(module).__qualname__}"
         raise NotImplementedError(
-            f"compile_encoder: {name} is a {found}, served is a plain {kind.__qualname__}; merge "
-            "adapters and undo other replacements of layers first"
+            f"compile_encoder: {name} is a {found}, served is a plain "
+            f"{kinds[0].__qualname__}; merge adapters and undo other replacements of layers first"
         )
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotImplementedError(
@@ -101,7 +101,7 @@ class LinearCall:
         gated: bool = False,
         norm: NormCall | None = None,
     ) -> LinearCall:
-        linear = expect(name, module, nn.Linear)
+        linear = expect(name, module, Linear, nn.Linear)
         packed = ops.pack_linear(linear.weight.detach(), format=format)
         tail = (None,) * 4 if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
         return cls((packed, linear.out_features, format, _copied(linear.bias), act, gated), tail)

@@ -1,8 +1,8 @@
 """Thin modules over :mod:`encfast.ops`, shared by the models.
 
 Layers take :class:`~encfast.packed.PackedBatch`; where only rows matter (norms, MLPs, heads) they
-take row tensors ``[N, C]``. Projections stay ``nn.Linear`` children, so that LoRA, FSDP and weight
-maps of other libraries find them.
+take row tensors ``[N, C]``. Projections are children of ``nn.Linear``'s kind, so that LoRA, FSDP
+and weight maps of other libraries find them.
 """
 
 from encfast.layers.all_to_all_cost import AllToAllCost
@@ -22,6 +22,7 @@ from encfast.layers.expert_parallel import (
 from encfast.layers.experts import Experts
 from encfast.layers.graph import GATLayer, GCNLayer, GINLayer, Graph
 from encfast.layers.head import ClassificationHead, MaskedLMHead, SpanHead
+from encfast.layers.linear import Linear
 from encfast.layers.mlp import MLP, activation
 from encfast.layers.moe import (
     MoE,
@@ -68,6 +69,7 @@ __all__ = [
     "Graph",
     "KVCache",
     "LearnedPositions",
+    "Linear",
     "MaskedLMHead",
     "MoE",
     "MoEBlock",

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.cache import KVCache
 from encfast.layers.dropout import StaticFloat
+from encfast.layers.linear import Linear, linear
 from encfast.layers.norm import Norm
 from encfast.packed import PackedBatch
 
@@ -29,7 +29,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor((slopes + between)[:num_heads], dtype=torch.float32)
 
 
-class QVBiasLinear(nn.Linear):
+class QVBiasLinear(Linear):
     """The fused projection of q, k and v whose k part has no bias (BEiT, arXiv 2106.08254).
 
     Args:
@@ -46,7 +46,7 @@ class QVBiasLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[N, C]`` -> ``[N, sum(sizes)]``."""
         bias = torch.cat((self.q_bias, self.q_bias.new_zeros(self.k_size), self.v_bias))
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 class Attention(nn.Module):
@@ -78,12 +78,12 @@ class Attention(nn.Module):
         self.attn_dropout = config.attn_dropout
         heads = (self.num_heads, self.kv_heads, self.kv_heads)
         q, k, v = (n * self.head_dim for n in heads)
-        self.qkv: nn.Linear
+        self.qkv: Linear
         if config.qkv_bias == "qv":
             self.qkv = QVBiasLinear(config.dim, (q, k, v), **factory)
         else:
-            self.qkv = nn.Linear(config.dim, q + k + v, bias=bool(config.qkv_bias), **factory)
-        self.out = nn.Linear(
+            self.qkv = Linear(config.dim, q + k + v, bias=bool(config.qkv_bias), **factory)
+        self.out = Linear(
             self.num_heads * self.head_dim, config.dim, bias=config.out_bias, **factory
         )
         self.q_norm = _head_norm(config, **factory) if config.qk_norm else None

@@ -11,6 +11,7 @@ from encfast import ops
 from encfast.config import BlockConfig
 from encfast.layers.attention import Attention
 from encfast.layers.dropout import Dropout, DropPath, StaticFloat
+from encfast.layers.linear import Linear
 from encfast.layers.mlp import MLP
 from encfast.layers.norm import Norm
 from encfast.packed import PackedBatch
@@ -52,10 +53,10 @@ class CrossAttention(nn.Module):
         rows, kv_rows = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
         context_dim = config.dim if context_dim is None else context_dim
         biased = config.qkv_bias is not False
-        self.q = nn.Linear(config.dim, rows, bias=biased, **factory)
-        self.k = nn.Linear(context_dim, kv_rows, bias=config.qkv_bias is True, **factory)
-        self.v = nn.Linear(context_dim, kv_rows, bias=biased, **factory)
-        self.out = nn.Linear(rows, config.dim, bias=config.out_bias, **factory)
+        self.q = Linear(config.dim, rows, bias=biased, **factory)
+        self.k = Linear(context_dim, kv_rows, bias=config.qkv_bias is True, **factory)
+        self.v = Linear(context_dim, kv_rows, bias=biased, **factory)
+        self.out = Linear(rows, config.dim, bias=config.out_bias, **factory)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from encfast.config import NormPrecision
 from encfast.layers.dropout import Dropout
+from encfast.layers.linear import Linear
 from encfast.layers.mlp import activation
 from encfast.layers.norm import Norm
 
@@ -45,10 +46,10 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = embedding_dim or dim
-        self.dense = nn.Linear(dim, inner, bias=dense_bias, **factory)
+        self.dense = Linear(dim, inner, bias=dense_bias, **factory)
         self.act = activation(act)
         self.norm = Norm(inner, eps=norm_eps, bias=norm_bias, precision=norm_precision, **factory)
-        self.decoder = nn.Linear(inner, vocab_size, bias=decoder_bias, **factory)
+        self.decoder = Linear(inner, vocab_size, bias=decoder_bias, **factory)
         if tied is not None:
             self.decoder.weight = tied
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from encfast import ops
 from encfast.config import BlockConfig, nearest
 from encfast.layers.dropout import Dropout
+from encfast.layers.linear import Linear
 
 _FUSED_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 # Below, the costlier call of the op eats its gain (measured on Sapphire Rapids, bench/glu.py).
@@ -63,9 +64,9 @@ class MLP(nn.Module):
         self.glu = config.glu
         self.act = activation(config.activation)
         halves = 2 if config.glu else 1
-        self.up = nn.Linear(config.dim, halves * config.ffn_dim, bias=config.up_bias, **factory)
+        self.up = Linear(config.dim, halves * config.ffn_dim, bias=config.up_bias, **factory)
         self.drop = Dropout(config.mlp_hidden_dropout)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.down_bias, **factory)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.down_bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C]`` -> ``[N, C]``."""

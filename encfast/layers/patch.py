@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encfast import ops
 from encfast.layers.exact import ExactBuffers
+from encfast.layers.linear import Linear
 from encfast.packed import PackedBatch
 from encfast.patch_mask import PatchMask
 
@@ -64,7 +65,7 @@ class PatchEmbed(ExactBuffers):
                 f"mean has {len(self.mean)} and std {len(self.std)} entries, expected {channels}, "
                 "one per channel"
             )
-        self.proj = nn.Linear(
+        self.proj = Linear(
             channels * math.prod(self.patch), dim, bias=bias, device=device, dtype=dtype
         )
         for name in ("scale", "shift"):

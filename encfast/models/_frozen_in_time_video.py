@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from encfast import ops
 from encfast.config import BlockConfig
-from encfast.layers import MLP, LearnedPositions, Norm, PatchEmbed
+from encfast.layers import MLP, LearnedPositions, Linear, Norm, PatchEmbed
 from encfast.packed import PackedBatch
 from encfast.patch_mask import RowPlan
 
@@ -138,8 +138,8 @@ class GroupAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_size
         inner = config.num_heads * config.head_size
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=bool(config.qkv_bias), **factory)
-        self.out = nn.Linear(inner, config.dim, bias=config.out_bias, **factory)
+        self.qkv = Linear(config.dim, 3 * inner, bias=bool(config.qkv_bias), **factory)
+        self.out = Linear(inner, config.dim, bias=config.out_bias, **factory)
 
     def zero(self) -> None:
         """Makes it yield 0, as published: no queries, keys and values, ones behind them."""

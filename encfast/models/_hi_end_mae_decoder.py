@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from encfast.layers import CrossBlock, FixedPositions, Norm, Stack
+from encfast.layers import CrossBlock, FixedPositions, Linear, Norm, Stack
 from encfast.models._hi_end_mae_config import HiEndMaeConfig
 from encfast.packed import PackedBatch
 from encfast.patch_mask import PatchMask
@@ -29,9 +29,7 @@ class Decoder(nn.Module):
         dim, count = config.decoder_dim, len(config.levels)
         self.gradient_checkpointing = False
         # One per level, shallow to deep, and that of the last output.
-        self.bridges = nn.ModuleList(
-            nn.Linear(config.dim, dim, **factory) for _ in range(count + 1)
-        )
+        self.bridges = nn.ModuleList(Linear(config.dim, dim, **factory) for _ in range(count + 1))
         self.mask_token = nn.Parameter(torch.empty(dim, **factory))
         self.positions = FixedPositions(
             config.grid, dim, class_token=True, device=factory["device"]
@@ -41,7 +39,7 @@ class Decoder(nn.Module):
             CrossBlock(config.decoder_block(), **factory) for _ in range(count)
         )
         self.norm = Norm(dim, eps=config.norm_eps, **factory)
-        self.predict = nn.Linear(dim, config.patch_voxels, **factory)
+        self.predict = Linear(dim, config.patch_voxels, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encfast.config import BlockConfig
-from encfast.layers import CrossAttention, Norm
+from encfast.layers import CrossAttention, Linear, Norm
 from encfast.packed import PackedBatch
 
 Adapter = Literal["none", "linear", "mlp", "attn"]
@@ -27,7 +27,7 @@ class LinearAdapter(nn.Module):
     def __init__(self, block: BlockConfig, **factory: Any) -> None:
         super().__init__()
         self.norm = Norm(block.dim, eps=block.norm_eps, **factory)
-        self.out = nn.Linear(block.dim, block.dim, **factory)
+        self.out = Linear(block.dim, block.dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C]`` -> ``[N, C]``."""
@@ -40,8 +40,8 @@ class MLPAdapter(nn.Module):
     def __init__(self, block: BlockConfig, **factory: Any) -> None:
         super().__init__()
         inner = max(block.dim // 4, 1)
-        self.down = nn.Linear(block.dim, inner, **factory)
-        self.out = nn.Linear(inner, block.dim, **factory)
+        self.down = Linear(block.dim, inner, **factory)
+        self.out = Linear(inner, block.dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C]`` -> ``[N, C]``."""
@@ -58,7 +58,7 @@ class AttentionAdapter(nn.Module):
         self.reset_parameters()
 
     @property
-    def out(self) -> nn.Linear:
+    def out(self) -> Linear:
         """The layer that starts at zero."""
         return self.attn.out
 

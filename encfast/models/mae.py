@@ -28,7 +28,7 @@ from encfast.config import BlockConfig, nearest, with_drop_path
 from encfast.data.images import ImageBatch, smooth_images
 from encfast.data.mask_grids import keep_count
 from encfast.data.patches import random_mask
-from encfast.layers import FixedPositions, Norm, PatchEncoder, Stack
+from encfast.layers import FixedPositions, Linear, Norm, PatchEncoder, Stack
 from encfast.layers.base import Model, init_xavier
 from encfast.layers.patch import IMAGENET_MEAN, IMAGENET_STD, flat_kernel
 from encfast.packed import PackedBatch
@@ -133,14 +133,14 @@ class Decoder(nn.Module):
     def __init__(self, config: MaeConfig, **factory: Any) -> None:
         super().__init__()
         dim = config.decoder_dim
-        self.embed = nn.Linear(config.dim, dim, **factory)
+        self.embed = Linear(config.dim, dim, **factory)
         self.mask_token = nn.Parameter(torch.empty(dim, **factory))
         self.positions = FixedPositions(
             config.grid, dim, axes=(1, 0), class_token=True, device=factory["device"]
         )
         self.stack = Stack([config.decoder_block()] * config.decoder_depth, **factory)
         self.norm = Norm(dim, eps=config.norm_eps, **factory)
-        self.predict = nn.Linear(dim, config.patch_pixels, **factory)
+        self.predict = Linear(dim, config.patch_pixels, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

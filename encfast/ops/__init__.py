@@ -5,6 +5,7 @@ import importlib
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_seg_max import linear_seg_max
@@ -32,6 +33,7 @@ OPS = (
     "add_norm",
     "glu",
     "packed_linear",
+    "linear",
     "patch_gather",
     "moe_route",
     "grouped_mm",
@@ -44,7 +46,11 @@ OPS = (
 )
 
 # Ops that run on the C++ of another one.
-LENT_CORES = {"linear_kl": "linear_cross_entropy", "linear_seg_max": "seg_pool"}
+LENT_CORES = {
+    "linear": "grouped_mm",
+    "linear_kl": "linear_cross_entropy",
+    "linear_seg_max": "seg_pool",
+}
 
 __all__ = [
     "LENT_CORES",
@@ -63,6 +69,7 @@ __all__ = [
     "hard_negatives",
     "info_nce",
     "jitter_rows",
+    "linear",
     "linear_cross_entropy",
     "linear_kl",
     "linear_seg_max",

@@ -6,6 +6,7 @@ They import nothing from the rest of encfast, and serve as the fallback backend 
 from .add_norm import add_norm
 from .glu import glu
 from .grouped_mm import grouped_mm
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_seg_max import linear_seg_max
@@ -42,6 +43,7 @@ __all__ = [
     "grouped_mm",
     "hard_negatives",
     "info_nce",
+    "linear",
     "linear_cross_entropy",
     "linear_kl",
     "linear_seg_max",
