@@ -14,10 +14,11 @@ with ``local_loss`` and no ``gather_with_grad`` features get none as candidates 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encfast import ops
-from encfast.distributed import gather_features, ring_siglip
+from encfast.distributed import gather_features, ring_info_nce, ring_siglip
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -26,7 +27,9 @@ class ClipLoss(nn.Module):
     """CLIP's loss of image and text features, over all processes.
 
     Args:
-        local_loss: own rows against those of all, instead of all against all.
+        local_loss: own rows against those of all, instead of all against all. With
+            ``gather_with_grad`` this is :func:`encfast.distributed.ring_info_nce`, where a process
+            holds its own features and one other's.
         gather_with_grad: other processes' features get gradients too.
         cache_labels: taken for compatibility; there are no labels.
         rank: of this process.
@@ -79,6 +82,9 @@ class ClipLoss(nn.Module):
 
         Returns:
             0-dim, float32, or the dictionary.
+
+        Raises:
+            ValueError: where ``rank`` and ``world_size`` are not the process group's.
         """
         if self.world_size == 1:
             loss = ops.info_nce(image_features, text_features, logit_scale=logit_scale)
@@ -87,6 +93,9 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _over_processes(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        _check_place(self.rank, self.world_size)
+        if self.local_loss and self.gather_with_grad:
+            return ring_info_nce(image, text, logit_scale=scale)
         images, texts = (self._gathered(x) for x in (image, text))
         if not self.local_loss:
             return ops.info_nce(images, texts, logit_scale=scale)
@@ -158,7 +167,12 @@ class SigLipLoss(nn.Module):
 
         Returns:
             0-dim, float32, or the dictionary.
+
+        Raises:
+            ValueError: where ``rank`` and ``world_size`` are not the process group's.
         """
+        if self.world_size > 1:
+            _check_place(self.rank, self.world_size)
         a, b, ring = image_features, text_features, self.dist_impl != "gather"
         if self.world_size > 1 and ring:
             loss = ring_siglip(a, b, logit_scale=logit_scale, logit_bias=logit_bias)
@@ -168,3 +182,12 @@ class SigLipLoss(nn.Module):
                 b, offset = gather_features(b), self.rank * a.shape[0]
             loss = ops.siglip(a, b, logit_scale=logit_scale, logit_bias=logit_bias, offset=offset)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_place(rank: int, world_size: int) -> None:
+    found = dist.get_rank(), dist.get_world_size()
+    if (rank, world_size) != found:
+        raise ValueError(
+            f"rank is {rank} and world_size {world_size}, expected {found[0]} and {found[1]} as "
+            "the process group has them"
+        )
