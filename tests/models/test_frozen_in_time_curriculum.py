@@ -78,6 +78,8 @@ class Training(TrainingOnDirections):
         size: looks in a batch.
     """
 
+    text_rate = 2e-3  # one frame tells most looks apart, and so keeps their captions apart
+
     def __init__(self, model: FrozenInTime, looks: Tensor, seed: int, size: int) -> None:
         self.looks, self.size = looks, size
         super().__init__(model, seed)

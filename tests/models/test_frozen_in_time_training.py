@@ -44,11 +44,10 @@ def videos(generator: torch.Generator) -> Tensor:
     return (noise + shade * inside)[:, :, None]
 
 
-def batch(frames: int, generator: torch.Generator, how="random") -> CaptionedClips:
+def batch(frames: int, generator: torch.Generator) -> CaptionedClips:
     """A clip of each caption."""
     clips = [
-        video[sample_frames(frames, LENGTH, how=how, generator=generator)]
-        for video in videos(generator)
+        video[sample_frames(frames, LENGTH, generator=generator)] for video in videos(generator)
     ]
     return CaptionedClips(PackedBatch.from_list(clips), captions(torch.arange(CAPTIONS)))
 
@@ -84,6 +83,11 @@ def model_for(frames: int) -> FrozenInTime:
 class Training:
     """AdamW on one model; keeps count of the scores of its attention."""
 
+    # Slow. What clips cannot tell apart yet their loss draws together among the captions: at the
+    # other parameters' 2e-3 the two directions' captions came to lie on each other in 2 of 5 runs
+    # before times had grown, and a loss of 2 log 2 with them, from which no gradient leads away.
+    text_rate = 1e-4
+
     def __init__(self, model: FrozenInTime, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.scores = 0
@@ -93,11 +97,11 @@ class Training:
         """Goes on with another model, and a fresh optimiser."""
         self.model = model
         # Times and the attention in time start at zero, and are to be found in a few steps.
-        slow, fast = [], []
+        rates = {"text": self.text_rate, "clips.times": 3e-2, "": 2e-3}
+        groups = {name: {"params": [], "lr": rate} for name, rate in rates.items()}
         for name, p in model.named_parameters():
-            (fast if name == "clips.times" else slow).append(p)
-        groups = [{"params": slow, "lr": 2e-3}, {"params": fast, "lr": 3e-2}]
-        self.optimizer = torch.optim.AdamW(groups)
+            groups[next(start for start in rates if name.startswith(start))]["params"].append(p)
+        self.optimizer = torch.optim.AdamW(groups.values())
 
     def run(self, steps: int, frames: int) -> None:
         """A clip of each caption a step."""
@@ -109,17 +113,19 @@ class Training:
 
 
 @torch.no_grad()
-def score(model: FrozenInTime, frames: int) -> tuple[float, float]:
-    """Loss of 32 batches, and the share of their clips that find their caption."""
-    generator = torch.Generator().manual_seed(99)
-    total, right = 0.0, 0.0
-    for _ in range(32):
-        sample = batch(frames, generator, how="middle")
-        total += model.loss(sample).total.item()
+def share_right(model: FrozenInTime, frames: int) -> float:
+    """Of 512 clips the share that find their caption.
+
+    Their frames are drawn: the middle frames of a video and of its reversal differ, so that those
+    of all single-frame clips would be 8 pictures, on which a model is right or wrong as it happens.
+    """
+    generator, right = torch.Generator().manual_seed(99), 0.0
+    for _ in range(64):
+        sample = batch(frames, generator)
         found = model(sample.clips, sample.text)
         best = (found.clips @ found.text.t()).argmax(1)
         right += (best == torch.arange(CAPTIONS)).float().mean().item()
-    return total / 32, right / 32
+    return right / 64
 
 
 def turned(model: FrozenInTime) -> float:
@@ -131,16 +137,23 @@ def turned(model: FrozenInTime) -> float:
 
 
 @pytest.mark.slow
-def test_four_frames_tell_a_direction_and_one_does_not():
-    """Fresh zeros know no order of frames; trained, four find the caption, one its shade alone."""
+@pytest.mark.parametrize("seed", range(5))
+def test_four_frames_tell_a_direction_and_one_does_not(seed):
+    """Fresh zeros know no order of frames; trained, four find the caption, one its shade alone.
+
+    A single frame is as likely of a video as of its reversal, whose captions share a shade:
+    whatever a model makes of it, half of the clips are what it can expect to find. Rates and steps
+    were set on seeds 10 to 19, of which all find every caption by four frames after 250 steps.
+    """
     found = {}
     for frames in (1, 4):
-        torch.manual_seed(0)
-        training = Training(model_for(frames), seed=0)
+        torch.manual_seed(seed)
+        training = Training(model_for(frames), seed)
         if frames == 4:
             assert turned(training.model) < 1e-5
-        training.run(250, frames)
-        found[frames] = score(training.model, frames)
+        training.run(300, frames)
+        found[frames] = share_right(training.model, frames)
+    print(f"captions found: {found[1]:.3f} by one frame, {found[4]:.3f} by four")
     assert turned(training.model) > 0.1
-    assert found[4][1] > 0.9, found
-    assert 0.3 < found[1][1] < 0.7, found
+    assert found[4] > 0.9
+    assert 0.4 < found[1] < 0.6  # half; 512 clips have a deviation of 0.02
