@@ -26,7 +26,8 @@ def mlp(size, widths, **overrides):
 
 
 def misaligned_accuracies(head, kappa, widths, seed):
-    """Of probes on z and on u for the sign of a feature that half of the views have drawn anew."""
+    """Of probes for a feature's sign: on z and on u where half of the views have it drawn anew, and
+    on u where all views have it."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     mixing = torch.linalg.qr(torch.randn(FEATURES, FEATURES, generator=g)).Q
@@ -47,27 +48,42 @@ def misaligned_accuracies(head, kappa, widths, seed):
 
     model = train(mlp((FEATURES,), widths, head=head, kappa=kappa), batches())
     s = signs(3000)
-    x, labels = (s + 0.3 * torch.randn(s.shape, generator=g)) @ mixing, (s[:, 0] > 0).long()
+    x, labels = (s + 0.3 * torch.randn(s.shape, generator=g)) @ mixing, (s > 0).long()
     with torch.no_grad():
         found = model(x)
     return tuple(
-        probe_accuracy(r[:2000], labels[:2000], r[2000:], labels[2000:])
-        for r in (found.before, found.after)
+        probe_accuracy(r[:2000], labels[:2000, feature], r[2000:], labels[2000:, feature])
+        for r, feature in ((found.before, 0), (found.after, 0), (found.after, 1))
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "kappa", "widths"),
-    # The fixed head acts on what one linear layer, as in the theory, puts into late coordinates.
-    [("mlp", 1.05, (64, 64)), ("reweight", 1.5, (64,))],
-    ids=["mlp", "reweight"],
+    [("mlp", 1.05, (64, 64)), ("reweight", 1.05, (64, 256)), ("reweight", 1.5, (64,))],
+    ids=["mlp", "reweight", "reweight, linear encoder"],
 )
 def test_a_feature_that_augmentation_destroys_survives_before_the_head(head, kappa, widths):
+    """Acceptance 4, calibrated on seeds 10 to 12 and judged on 0 to 2.
+
+    For a gap under the fixed head z must still have what u has lost. u loses by the powers of
+    kappa: the head can be inverted, up to the probe's penalty. z loses as the hidden layer forgets,
+    for all its coordinates at once. Means over seeds 10 to 12, behind 64 hidden channels:
+
+        kappa  p    kappa^(p - 1)  on z   on u
+        1.05    64   2e1           0.561  0.541
+        1.2     64   1e5           0.565  0.528   after 200 of 400 steps 0.805 and 0.589
+        1.5     64   1e11          0.588  0.569   after 200 of 400 steps 0.890 and 0.572
+        1.05   256   3e5           0.700  0.560   judged here; SimCLR's kappa
+        1.05   512   7e10          0.638  0.604   p of the paper's runs
+
+    One linear layer, as in the theory, has nothing before z that could forget.
+    """
     runs = torch.tensor([misaligned_accuracies(head, kappa, widths, seed) for seed in range(3)])
-    before, after = runs.mean(0).tolist()
-    print(f"{head}: {before:.3f} before, {after:.3f} behind")
+    before, after, kept = runs.mean(0).tolist()
+    print(f"{head}: {before:.3f} before, {after:.3f} behind; {kept:.3f} of a feature that all keep")
     assert before >= after + 0.05
+    assert kept > 0.9, "the head has lost what the objective asks for, too"
 
 
 def augmented(images, g):
