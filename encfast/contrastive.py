@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encfast import ops
+from encfast._precision import wide
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -180,8 +181,8 @@ def triplet_loss(
                 f"triplet_loss: {name} has shape {tuple(x.shape)}, expected {tuple(anchor.shape)} "
                 "like anchor"
             )
-    near = torch.linalg.vector_norm(_wide(anchor) - _wide(positive), dim=-1)
-    far = torch.linalg.vector_norm(_wide(anchor) - _wide(negative), dim=-1)
+    near = torch.linalg.vector_norm(wide(anchor) - wide(positive), dim=-1)
+    far = torch.linalg.vector_norm(wide(anchor) - wide(negative), dim=-1)
     loss = (near - far + margin).clamp(min=0)
     if reduction == "none":
         return loss
@@ -211,7 +212,7 @@ def hardest_triplets(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
         >>> bool((labels[anchor] == labels[negative]).any())
         False
     """
-    x, rows = _wide(features), torch.arange(len(labels), device=labels.device)
+    x, rows = wide(features), torch.arange(len(labels), device=labels.device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for at in rows.split(_TILE):
         # Not by products, which lose all digits of small distances.
@@ -268,7 +269,7 @@ class _MaxMargin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, margin: float) -> Tensor:
-        x, y = _wide(a), _wide(b)
+        x, y = wide(a), wide(b)
         right, total = (x * y).sum(1), x.new_zeros(())
         da, db, counts = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(right)
         rows = torch.arange(len(x), device=x.device)
@@ -301,7 +302,3 @@ class _MaxMargin(torch.autograd.Function):
 def _check_margin(op: str, margin: float) -> None:
     if not 0 < margin < float("inf"):
         raise ValueError(f"{op}: margin is {margin}, expected a positive finite number")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

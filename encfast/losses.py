@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encfast import ops
+from encfast._precision import wide
 from encfast.packed import PackedBatch
 from encfast.routing import Routing
 
@@ -40,7 +41,7 @@ def cross_entropy(
         tensor(4.)
     """
     total = F.cross_entropy(
-        _wide(logits),
+        wide(logits),
         targets,
         ignore_index=IGNORE,
         reduction="sum",
@@ -79,7 +80,7 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
             f"{tuple(logits.shape)}"
         )
     kept = (targets != IGNORE).unsqueeze(1)
-    p = (_wide(logits).softmax(1) * kept).flatten(2)  # [B, V, n]
+    p = (wide(logits).softmax(1) * kept).flatten(2)  # [B, V, n]
     t = F.one_hot(targets.clamp(min=0), logits.shape[1]).movedim(-1, 1) * kept
     t = t.flatten(2).to(p.dtype)
     overlap, area = (p * t).sum(-1), (p.square() + t).sum(-1)  # [B, V]; t is its own square
@@ -145,7 +146,7 @@ def bag_of_words_loss(pooled: Tensor, words: PackedBatch) -> Tensor:
         raise ValueError(
             f"words has {words.batch_size} sequences, expected {pooled.shape[0]} like pooled"
         )
-    pooled, owners = _wide(pooled), words.segment_ids()
+    pooled, owners = wide(pooled), words.segment_ids()
     length = words.lengths()
     share = length.to(pooled.dtype).reciprocal()[owners]
     w = torch.zeros_like(pooled).index_put((owners, words.data.long()), share)
@@ -232,7 +233,7 @@ def classification_loss(
             f"regression labels have shape {tuple(labels.shape)}, expected "
             f"{tuple(predicted.shape)} like the predictions"
         )
-    predicted = _wide(predicted)
+    predicted = wide(predicted)
     error = (predicted - labels.to(predicted.dtype)).square()
     error = error if error.dim() == 1 else error.flatten(1).mean(1)  # [M]
     return error.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
@@ -277,7 +278,7 @@ def scaled_cosine_error(
             f"targets has shape {tuple(targets.shape)}, expected {tuple(predicted.shape)} like "
             "the predictions"
         )
-    cosine = F.cosine_similarity(_wide(predicted), _wide(targets), dim=-1)  # [M]
+    cosine = F.cosine_similarity(wide(predicted), wide(targets), dim=-1)  # [M]
     # Rounding may bring 1 - cos below 0, where a broken power has no value.
     error, count = (1 - cosine).clamp(min=0), max(predicted.shape[0], 1)
     if reduction == "rescaled":
@@ -328,7 +329,7 @@ def position_loss(scores: Tensor, batch: PackedBatch, positions: Tensor) -> Tens
         >>> position_loss(batch.data, batch, torch.tensor([0, 3])).exp().round()
         tensor(4.)
     """
-    scores = _wide(scores)
+    scores = wide(scores)
     kept = (positions >= 0) & (positions < batch.lengths())
     rows = torch.where(kept, batch.cu_seqlens[:-1] + positions, -1)
     chosen = ops.gather_rows(scores, rows)  # [B], 0 where left out
@@ -360,10 +361,6 @@ def span_loss(
     return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
     """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none.
 
@@ -379,7 +376,7 @@ def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
         >>> mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
         tensor(2.)
     """
-    error = _wide(predicted) - _wide(targets)
+    error = wide(predicted) - wide(targets)
     return error.square().sum() / max(error.numel(), 1)
 
 
@@ -432,7 +429,7 @@ def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e
         tensor([[-1.,  1.]])
     """
     mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
-    return (_wide(pixels) - mean) / deviation
+    return (wide(pixels) - mean) / deviation
 
 
 def patch_moments(
@@ -453,7 +450,7 @@ def patch_moments(
         >>> patch_moments(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
         (tensor([[2.]]), tensor([[1.]]))
     """
-    pixels = _wide(pixels)
+    pixels = wide(pixels)
     mean = pixels.mean(-1, keepdim=True)
     # Not torch.var_mean, which warns where there are no patches.
     squares = (pixels - mean).square().sum(-1, keepdim=True)
@@ -522,7 +519,7 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> router_z_loss(torch.tensor([[0.0, 0.0]])).sqrt().exp().round()
         tensor(2.)
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     if mask is None:
         return logits.logsumexp(1).square().sum() / max(logits.shape[0], 1)
     # Filled before, not after: what stands in padding may be NaN, and 0 * NaN a gradient.
