@@ -7,16 +7,43 @@ All functions trace under ``torch.compile(fullgraph=True)`` except :func:`masked
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from encfast import ops
 from encfast._precision import wide
+from encfast._reconstruction_losses import (
+    mean_squared_error,
+    normalised_patches,
+    patch_moments,
+    pixel_loss,
+    scaled_cosine_error,
+)
+from encfast._router_losses import load_balance_loss, router_z_loss
 from encfast.packed import PackedBatch
-from encfast.routing import Routing
+
+__all__ = [
+    "IGNORE",
+    "bag_of_words_loss",
+    "classification_loss",
+    "cross_entropy",
+    "dice_loss",
+    "load_balance_loss",
+    "masked_lm_loss",
+    "masked_lm_rows",
+    "mean_squared_error",
+    "next_token_loss",
+    "next_tokens",
+    "normalised_patches",
+    "patch_moments",
+    "pixel_loss",
+    "position_loss",
+    "router_z_loss",
+    "scaled_cosine_error",
+    "segment_logsumexp",
+    "span_loss",
+]
 
 IGNORE = -100  # torch's and transformers' label for "predict nothing here"
 
@@ -239,53 +266,6 @@ def classification_loss(
     return error.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
 
 
-def scaled_cosine_error(
-    predicted: Tensor,
-    targets: Tensor,
-    *,
-    beta: float = 2.0,
-    reduction: Literal["mean", "rescaled"] = "mean",
-) -> Tensor:
-    """``mean_i (1 - cos(z_i, x_i))^beta``: easy rows, at small angles, weigh less as beta grows.
-
-    Source: GraphMAE (Hou et al. 2022, arXiv 2205.10803), equation 2. SkeletonMAE (Yan et al. 2023,
-    arXiv 2307.08476) prints a sum of ``((1 - cos) / M)^beta`` instead: ``"rescaled"``.
-
-    Args:
-        predicted: ``[M, C]``, rows z.
-        targets: ``[M, C]``, rows x; a row of zeros has cosine 0.
-        beta: at least 1.
-        reduction: see above.
-
-    Returns:
-        0-dim, fp32 or wider.
-
-    Raises:
-        ValueError: for a beta below 1, another reduction, or shapes that differ.
-
-    Examples:
-        >>> from encfast.losses import scaled_cosine_error
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> scaled_cosine_error(torch.tensor([[3.0, 0.0], [1.0, 0.0]]), x)
-        tensor(0.5000)
-    """
-    if not beta >= 1:
-        raise ValueError(f"beta must be >= 1, got {beta}")
-    if reduction not in ("mean", "rescaled"):
-        raise ValueError(f"reduction must be 'mean' or 'rescaled', got {reduction!r}")
-    if predicted.shape != targets.shape:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, expected {tuple(predicted.shape)} like "
-            "the predictions"
-        )
-    cosine = F.cosine_similarity(wide(predicted), wide(targets), dim=-1)  # [M]
-    # Rounding may bring 1 - cos below 0, where a broken power has no value.
-    error, count = (1 - cosine).clamp(min=0), max(predicted.shape[0], 1)
-    if reduction == "rescaled":
-        return (error / count).pow(beta).sum()
-    return error.pow(beta).sum() / count
-
-
 def segment_logsumexp(scores: Tensor, batch: PackedBatch) -> Tensor:
     """``[B]``: log of the sum of exp over the rows of each sequence, -inf for an empty one.
 
@@ -359,169 +339,3 @@ def span_loss(
         tensor(4.)
     """
     return (position_loss(start, batch, starts) + position_loss(end, batch, ends)) / 2
-
-
-def mean_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all numbers of two ``[M, C]``, in fp32 or wider; 0 if there are none.
-
-    Args:
-        predicted: ``[M, C]``.
-        targets: ``[M, C]``.
-
-    Returns:
-        0-dim, fp32 or wider.
-
-    Examples:
-        >>> from encfast.losses import mean_squared_error
-        >>> mean_squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
-        tensor(2.)
-    """
-    error = wide(predicted) - wide(targets)
-    return error.square().sum() / max(error.numel(), 1)
-
-
-def pixel_loss(
-    predicted: Tensor,
-    pixels: Tensor,
-    *,
-    normalise: bool = False,
-    unbiased: bool = True,
-    eps: float = 1e-6,
-) -> Tensor:
-    """Mean squared error of patches, of their pixels or of those normalised patch by patch.
-
-    Source: He et al., arXiv 2111.06377, section 4.1 (normalised targets).
-
-    Args:
-        predicted: ``[M, Q]``.
-        pixels: ``[M, Q]``: what stood in these patches.
-        normalise: compare with (pixels - mean) / sqrt(variance + eps) of each patch.
-        unbiased: divide the variance by Q - 1, as MAE's published code does.
-        eps: added to the variance.
-
-    Returns:
-        0-dim, fp32 or wider.
-
-    Examples:
-        >>> from encfast.losses import pixel_loss
-        >>> pixel_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]))
-        tensor(5.)
-    """
-    if normalise:
-        pixels = normalised_patches(pixels, unbiased=unbiased, eps=eps)
-    return mean_squared_error(predicted, pixels)
-
-
-def normalised_patches(pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6) -> Tensor:
-    """``[M, Q]``: (pixels - mean) / sqrt(variance + eps) of each patch, in fp32 or wider.
-
-    Args:
-        pixels: ``[M, Q]``.
-        unbiased: divide the variance by Q - 1 instead of Q.
-        eps: added to the variance.
-
-    Returns:
-        ``[M, Q]``.
-
-    Examples:
-        >>> from encfast.losses import normalised_patches
-        >>> normalised_patches(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
-        tensor([[-1.,  1.]])
-    """
-    mean, deviation = patch_moments(pixels, unbiased=unbiased, eps=eps)
-    return (wide(pixels) - mean) / deviation
-
-
-def patch_moments(
-    pixels: Tensor, *, unbiased: bool = True, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + eps) of each patch.
-
-    Args:
-        pixels: ``[M, Q]``.
-        unbiased: divide the variance by Q - 1 instead of Q.
-        eps: added to the variance.
-
-    Returns:
-        ``[M, 1]`` each, fp32 or wider.
-
-    Examples:
-        >>> from encfast.losses import patch_moments
-        >>> patch_moments(torch.tensor([[1.0, 3.0]]), unbiased=False, eps=0.0)
-        (tensor([[2.]]), tensor([[1.]]))
-    """
-    pixels = wide(pixels)
-    mean = pixels.mean(-1, keepdim=True)
-    # Not torch.var_mean, which warns where there are no patches.
-    squares = (pixels - mean).square().sum(-1, keepdim=True)
-    return mean, (squares / max(pixels.shape[-1] - int(unbiased), 1) + eps).sqrt()
-
-
-def load_balance_loss(
-    routing: Routing, *, choices: Literal["first", "all"] = "first", normalise: bool = False
-) -> Tensor:
-    """``E * sum_e mean_t(p_te) * f_e``: least where tokens are spread evenly over the experts.
-
-    f_e is the share of tokens that choose expert e, whether or not it has room for them: 1 at
-    perfect balance and E where all tokens go to one with probability 1. Rows that are no tokens
-    count for nothing.
-
-    Source: Switch Transformers (Fedus et al. 2022, arXiv 2101.03961), equation 4, which GShard and
-    DeepSpeed-MoE take from first choices alone.
-
-    Args:
-        routing: as :func:`encfast.ops.route_tokens` returns it.
-        choices: count first choices, or all K of a token, as Mixtral does (K at perfect balance).
-        normalise: divide a token's scores by their sum, where they are sigmoids (DeepSeek-V3,
-            arXiv 2412.19437, equations 17 to 20).
-
-    Returns:
-        0-dim, fp32.
-
-    Raises:
-        ValueError: for another ``choices``, or a routing without probabilities.
-
-    Examples:
-        >>> from encfast.losses import load_balance_loss
-        >>> routing = ops.route_tokens(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), 1)
-        >>> load_balance_loss(routing).round(decimals=2)
-        tensor(1.)
-    """
-    if choices not in ("first", "all"):
-        raise ValueError(f"choices must be 'first' or 'all', got {choices!r}")
-    if routing.probabilities is None:
-        raise ValueError("routing has no probabilities, expected one of encfast.ops.route_tokens")
-    scores, experts = routing.probabilities, routing.num_experts
-    if normalise:
-        least = torch.finfo(scores.dtype).tiny
-        scores = scores / scores.sum(1, keepdim=True).clamp(min=least)
-    tokens = (routing.expert_ids[:, 0] >= 0).sum().clamp(min=1)
-    ids = routing.expert_ids[:, :1] if choices == "first" else routing.expert_ids
-    ids = torch.where(ids < 0, experts, ids).flatten().long()
-    counts = ids.new_zeros(experts + 1).index_add(0, ids, torch.ones_like(ids))[:experts]
-    return experts * (scores.sum(0) / tokens * (counts / tokens)).sum()
-
-
-def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2``, which keeps a router's logits small.
-
-    Source: ST-MoE (Zoph et al. 2022, arXiv 2202.08906), equation 5.
-
-    Args:
-        logits: ``[N, E]``.
-        mask: bool ``[N]``, False where a row is no token.
-
-    Returns:
-        0-dim, fp32 or wider.
-
-    Examples:
-        >>> from encfast.losses import router_z_loss
-        >>> router_z_loss(torch.tensor([[0.0, 0.0]])).sqrt().exp().round()
-        tensor(2.)
-    """
-    logits = wide(logits)
-    if mask is None:
-        return logits.logsumexp(1).square().sum() / max(logits.shape[0], 1)
-    # Filled before, not after: what stands in padding may be NaN, and 0 * NaN a gradient.
-    squares = logits.masked_fill(~mask[:, None], 0).logsumexp(1).square()
-    return squares.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
