@@ -22,6 +22,8 @@ from encfast import ops
 from encfast.ops._checks import can_assert_values, can_read_values
 from encfast.ops._rank_loss_checks import DIRECTIONS, check_choice, check_features, check_scalar
 
+_LONGEST = 128  # bytes of a dtype and a shape as text
+
 
 def gather_features(
     x: Tensor, group: dist.ProcessGroup | None = None, *, gradient: bool = True
@@ -132,8 +134,9 @@ def _check_alike(op: str, name: str, x: Tensor, group: dist.ProcessGroup | None)
     if not (can_read_values(x) or can_assert_values(x)):
         return
     own = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-    every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, own, group=group)
+    # Of one length everywhere: one exchange, where all_gather_object needs two and pickles.
+    text = torch.tensor([*own.encode().ljust(_LONGEST)], dtype=torch.uint8, device=x.device)
+    every = [bytes(row).decode().rstrip() for row in _gathered(text[None], group).tolist()]
     for rank, found in enumerate(every):
         if found != every[0]:
             raise ValueError(
