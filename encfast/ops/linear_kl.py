@@ -13,8 +13,9 @@ others again.
 
 Sources: Hinton et al. (arXiv:1503.02531); Hsu et al., Liger Kernel (arXiv:2410.10989).
 
-Backends: on the CPU PyTorch's matrix products with linear_cross_entropy's C++ between them; Triton
-on CUDA and HIP, on linear_cross_entropy's plan; elsewhere the reference, which holds all logits.
+Backends: on the CPU matrix products (PyTorch's or `linear`'s) with linear_cross_entropy's C++
+between them; Triton on CUDA and HIP, on linear_cross_entropy's plan; elsewhere the reference, which
+holds all logits.
 """
 
 import math

@@ -12,8 +12,8 @@ Sources: Xiao et al., RetroMAE v2 (arXiv:2305.02564, section 3.2), whose bag of 
 from these largest logits; Formal et al., SPLADE v2 (arXiv:2109.10086), who pool like this to
 retrieve.
 
-Backends: on the CPU PyTorch's matrix products with seg_pool's C++ between them; elsewhere the
-reference, which holds all logits.
+Backends: on the CPU matrix products (PyTorch's or `linear`'s) with seg_pool's C++ between them;
+elsewhere the reference, which holds all logits.
 """
 
 import torch
