@@ -192,10 +192,13 @@ def test_is_that_of_pytorch_geometric(kind):
     assert_parity(kind, layer(x), expected, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 0.5])
-def test_batch_norm_is_pytorchs(momentum):
-    ours, theirs = BatchNorm(6, momentum=momentum), nn.BatchNorm1d(6, momentum=momentum)
+def test_batch_norm_is_pytorchs(momentum, affine):
+    options = {"momentum": momentum, "affine": affine}
+    ours, theirs = BatchNorm(6, **options), nn.BatchNorm1d(6, **options)
     drawn(ours)
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
     theirs.load_state_dict(ours.state_dict(), strict=False)
     for _ in range(3):
         x = 3 + 2 * torch.randn(5, 4, 6)

@@ -24,8 +24,11 @@ class BatchNorm(nn.Module):
         dim: C.
         eps: added to the variance.
         momentum: weight of the rows at hand in the running averages, in [0, 1].
+        affine: whether channels have a weight and a bias.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     eps = StaticFloat()
@@ -37,6 +40,7 @@ class BatchNorm(nn.Module):
         *,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,18 +48,20 @@ class BatchNorm(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.eps, self.momentum = dim, eps, momentum
         self.held = False
-        self.weight = nn.Parameter(torch.empty(dim, **factory))
-        self.bias = nn.Parameter(torch.empty(dim, **factory))
+        for name in ("weight", "bias"):
+            own = nn.Parameter(torch.empty(dim, **factory)) if affine else None
+            self.register_parameter(name, own)
         self.register_buffer("running_mean", torch.empty(dim, **factory))
         self.register_buffer("running_var", torch.empty(dim, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weight and running variance 1, bias and running mean 0."""
-        for ones in (self.weight, self.running_var):
-            nn.init.ones_(ones)
-        for zeros in (self.bias, self.running_mean):
-            nn.init.zeros_(zeros)
+        nn.init.ones_(self.running_var)
+        nn.init.zeros_(self.running_mean)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., C]`` -> ``[..., C]``; all dimensions but the last are rows.
@@ -76,7 +82,8 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
-        return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"
+        affine = self.weight is not None
+        return f"{self.dim}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
 
 
 def checkpointed(module: nn.Module, *args: Any) -> Any:

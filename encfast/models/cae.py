@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from encfast import losses, ops
 from encfast.data.images import ImageBatch, smooth_images
 from encfast.data.mask_grids import block_hidden, keep_count
-from encfast.layers import FixedPositions, Norm, PatchEncoder, Stack, pool
+from encfast.layers import BatchNorm, FixedPositions, Norm, PatchEncoder, Stack, pool
 from encfast.layers.base import Model, init_xavier
 from encfast.layers.dropout import StaticFloat
 from encfast.models._cae_config import CaeConfig
@@ -148,7 +148,7 @@ class Cae(Model):
         self.head_norm: nn.Module = nn.Identity()
         if c.task == "probing":
             self.encoder.requires_grad_(False)
-            self.head_norm = nn.BatchNorm1d(c.dim, eps=1e-6, affine=False, **factory)
+            self.head_norm = BatchNorm(c.dim, eps=1e-6, affine=False, **factory)
         self.head = nn.Linear(c.dim, c.num_labels, **factory)
 
     def reset_parameters(self) -> None:

@@ -562,9 +562,16 @@ def test_without_hidden_patches_nothing_is_lost():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [DEEP, V2, {"task": "classification"}],
-    ids=["tokens", "features", "classification"],
+    [
+        DEEP,
+        V2,
+        {"task": "classification"},
+        {"task": "probing"},
+        {"task": "probing", "pooling": "attentive"},
+    ],
+    ids=["tokens", "features", "classification", "probe", "attentive-probe"],
 )
 def test_compiles_without_a_break(overrides):
+    """Probes took four graphs: their batch norm's floats were symbols, and all was traced twice."""
     model = tiny(**overrides)
     assert_compiles(model, [drawn(model, count) for count in (3, 5, 4)])
