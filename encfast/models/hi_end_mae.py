@@ -318,7 +318,7 @@ register(
         fidelity=(
             "fp32 loss, predictions and every gradient within 1e-5 of a dense eager "
             "re-implementation of the published code in the order of the raster, the encoder "
-            "within 1e-5 of transformers' ViTMAE layers"
+            "within 1e-5 of transformers' ViTMAE layers, segmentation within 1e-5 of MONAI's UNETR"
         ),
         deviations=(
             "the decoder finishes its last block at the hidden patches alone, which changes no "
