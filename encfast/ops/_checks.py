@@ -83,7 +83,8 @@ def check_range(
 ) -> None:
     """`check_values` for low <= element < high, at a fifth of its price on the CPU."""
     if can_read_values(x) and x.numel():
-        for value in (x.min().item(), x.max().item()):
+        for end in x.aminmax():
+            value = end.item()
             if not low <= value < high:
                 raise ValueError(f"{op}: {name} holds {value}, {rule()}")
     elif can_assert_values(x):

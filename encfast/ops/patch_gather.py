@@ -247,7 +247,8 @@ def select_patches(
         cu_keep, total = _running_sum(cu_seqlens, keep)
         check_select(op, noise, cu_seqlens, cu_keep)
         check_counts(op, noise, cu_seqlens, cu_keep, total)
-    noise = noise.detach()
+    if noise.requires_grad:  # a call less, which counts beside a kernel of 40 us
+        noise = noise.detach()
     visible, hidden, restore = torch.ops.encfast.select_patches(
         noise, cu_seqlens, cu_keep, total, ordered
     )
