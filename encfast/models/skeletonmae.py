@@ -352,8 +352,8 @@ register(
         deviations=(
             "clips are ragged instead of resampled to 64 frames",
             "what the paper leaves open (see the docstring of the module) is our reading",
-            "that pre-training helps to classify is not shown: on stick figures with few labels it "
-            "has not beaten a random start",
+            "that pre-training helps to classify is not shown: on synthetic postures, labels of 60 "
+            "of 600 clips, it added 2.2, -2.9 and 0.4 points of accuracy from three seeds",
         ),
     ),
 )
