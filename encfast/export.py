@@ -54,7 +54,7 @@ def exportable() -> AbstractContextManager[Any]:
             )
 
     There are forms of ``varlen_attn`` (without dropout), ``pad``, ``rotary``, ``add_norm``,
-    ``glu`` and ``seg_pool``. Everything computes in float32 where the kernels do.
+    ``glu``, ``linear`` and ``seg_pool``. Everything computes in float32 where the kernels do.
 
     Raises:
         NotImplementedError: inside the context, for an op that has no such form.

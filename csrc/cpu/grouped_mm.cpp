@@ -56,14 +56,18 @@ struct Slot {
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
+struct Job {
+  const GroupedMmParams& p;
+  Slot sizes;
+};
+
 template <class Word, GroupedProduct kProduct>
 class Grouped {
  public:
   static void run_task(int64_t index, int slot, void* ctx) {
-    const GroupedMmParams& p = *static_cast<const GroupedMmParams*>(ctx);
-    const Slot sizes = Slot::make(p);
-    Grouped(p, p.tasks[index], static_cast<float*>(p.workspace) + slot * sizes.floats(), sizes)
-        .run();
+    const Job& job = *static_cast<const Job*>(ctx);
+    float* workspace = static_cast<float*>(job.p.workspace) + slot * job.sizes.floats();
+    Grouped(job.p, job.p.tasks[index], workspace, job.sizes).run();
   }
 
  private:
@@ -242,16 +246,15 @@ class Grouped {
 
 template <class Word>
 void multiply_words(const GroupedMmParams& p, const Pool& pool) {
-  void* ctx = const_cast<GroupedMmParams*>(&p);
+  using P = GroupedProduct;
+  Job job{p, Slot::make(p)};
   switch (p.product) {
-    case GroupedProduct::kForward:
-      return pool.run(pool.self, p.n_tasks, Grouped<Word, GroupedProduct::kForward>::run_task, ctx);
-    case GroupedProduct::kGradInput:
-      return pool.run(pool.self, p.n_tasks, Grouped<Word, GroupedProduct::kGradInput>::run_task,
-                      ctx);
-    case GroupedProduct::kGradWeight:
-      return pool.run(pool.self, p.n_tasks, Grouped<Word, GroupedProduct::kGradWeight>::run_task,
-                      ctx);
+    case P::kForward:
+      return pool.run(pool.self, p.n_tasks, Grouped<Word, P::kForward>::run_task, &job);
+    case P::kGradInput:
+      return pool.run(pool.self, p.n_tasks, Grouped<Word, P::kGradInput>::run_task, &job);
+    case P::kGradWeight:
+      return pool.run(pool.self, p.n_tasks, Grouped<Word, P::kGradWeight>::run_task, &job);
   }
 }
 
