@@ -197,7 +197,7 @@ def test_nobody_waits(on_gpu, case):
 def test_waiting_would_be_noticed(monkeypatch):
     monkeypatch.setattr(_checks, "_device_to_check", lambda x: "cpu")
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
-        move(ops.gather_rows, 0, 1)
+        move(ops.select_rows, 0, 1)
 
 
 @pytest.mark.parametrize("setting", [None, "0"])

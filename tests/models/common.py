@@ -101,6 +101,9 @@ def assert_compiles(
 ) -> None:
     """Forward and backward compile without a break, in few graphs, and compute what eager computes.
 
+    The gradient of a bias on keys alone is zero but for rounding, which is another in a graph: it
+    moves all scores of a query by as much.
+
     Args:
         model: in the mode to be tested; every pass starts from one seed.
         batches: of different ragged shapes, each with an empty sequence; see `SIX_SHAPES`.
@@ -116,8 +119,11 @@ def assert_compiles(
         expected, expected_grads = _value_and_grads(call, model, batch)
         actual, grads = _value_and_grads(compiled, model, batch)
         assert_parity(f"value of batch {i}", actual, expected, tolerance)
+        largest = max(g.abs().max().item() for g in expected_grads.values())
         for name, reference in expected_grads.items():
-            if reference.any():
+            if name.endswith(".k.bias"):
+                assert max(g.abs().max() for g in (grads[name], reference)) <= tolerance * largest
+            elif reference.any():
                 what = f"batch {i}, gradient of {name}"
                 assert_parity(what, grads[name], reference, 10 * tolerance)
     graphs = counter.frame_count
