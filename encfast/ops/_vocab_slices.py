@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from ._products import multiply_nn, multiply_nt, multiply_tn
 
 # Memory for the gradient of a weight, in large pages where the system has them: gradients of
 # vocabularies are the largest tensors of all and fresh at every step.
@@ -131,9 +130,9 @@ class VocabSlices:
     def put_grad(self, dlogits: Tensor, dweight: Tensor) -> None:
         """dlogits^T x of a slice into its rows of the weight's gradient."""
         if self._copies is None:
-            multiply_tn(dlogits, self.x, dweight)
+            torch.mm(dlogits.mT, self.x, out=dweight)
         else:
-            dweight.copy_(multiply_tn(dlogits, self.x, self._copies[1, : len(dweight)]))
+            dweight.copy_(torch.mm(dlogits.mT, self.x, out=self._copies[1, : len(dweight)]))
 
     def _columns(self, j: int) -> slice:
         return slice(j * self._width, min((j + 1) * self._width, self._vocab))
@@ -145,7 +144,7 @@ class VocabSlices:
     def _multiply(self, j: int, weight: Tensor) -> Tensor:
         place = self._place(j)
         if self._scale == 1:
-            return multiply_nt(self.x, weight, place)
+            return torch.mm(self.x, weight.mT, out=place)
         return torch.addmm(place, self.x, weight.mT, beta=0, alpha=self._scale, out=place)
 
     def _place(self, j: int) -> Tensor:
@@ -163,7 +162,10 @@ def new_weight_grad(weight: Tensor, wanted: bool) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, memory: Tensor) -> None:
     """total += a b, `total` in float32; `memory` is of total's shape and a's dtype."""
-    total.add_(multiply_nn(a, b, memory))
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b, out=memory))
 
 
 def columns_per_slice(m: int, c: int, given: torch.dtype, dtype: torch.dtype) -> int:
