@@ -375,3 +375,30 @@ def pick(specs: Iterable[BenchSpec], pattern: str | None) -> list[BenchSpec]:
     if not pattern:
         return list(specs)
     return [s for s in specs if pattern in s.name or fnmatch.fnmatch(s.name, pattern)]
+
+
+class ReferenceGate:
+    """Compares results with their reference in float64, computed once per bench.
+
+    Args:
+        known: of the inputs the results in float64, and by plain PyTorch in their dtype.
+        factor: as in :func:`error_gate`.
+        shown: of which result the error is shown.
+    """
+
+    def __init__(
+        self,
+        known: Callable[[Any], tuple[Sequence[Tensor], Sequence[Tensor]]],
+        factor: float,
+        shown: int = -1,
+    ) -> None:
+        self._compute, self._factor, self._shown = known, factor, shown
+        self._known: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
+
+    def __call__(self, inputs: Any, variant: Variant, found: Sequence[Tensor]) -> Gate:
+        self._known = self._known or self._compute(inputs)
+        gates = [
+            error_gate(variant.name, *three, self._factor)
+            for three in zip(found, *self._known, strict=True)
+        ]
+        return all_of(gates, self._shown)

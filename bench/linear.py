@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant, all_of, error_gate
+from harness import BenchSpec, Call, ReferenceGate, Setting, Variant
 from timing import short_name
 from torch import Tensor
 
@@ -58,23 +58,9 @@ def _call(i: Inputs, product: Product, backward: bool) -> Call:
     return Call(lambda: torch.autograd.grad(product(*leaves), leaves, i.dout))
 
 
-class _Verify:
-    """Compares with the reference in float64, computed once per bench."""
-
-    def __init__(self, backward: bool) -> None:
-        self._backward = backward
-        self._known: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-
-    def __call__(self, inputs: Inputs, variant: Variant, found: tuple[Tensor, ...]) -> Gate:
-        self._known = self._known or (self._reference(_wide(inputs)), self._reference(inputs))
-        gates = [
-            error_gate(variant.name, *three, 3.0 if self._backward else 2.0)
-            for three in zip(found, *self._known, strict=True)
-        ]
-        return all_of(gates, shown=0)
-
-    def _reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        return _call(inputs, ref.linear, self._backward).run()
+def _known(i: Inputs, backward: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    exact, plain = (_call(x, ref.linear, backward).run() for x in (_wide(i), i))
+    return exact, plain
 
 
 def _wide(i: Inputs) -> Inputs:
@@ -99,7 +85,9 @@ def _spec(s: Shape, backward: bool, dtype: torch.dtype, setting: Setting) -> Ben
             )
             for name, product in products.items()
         ),
-        verify=_Verify(backward),
+        verify=ReferenceGate(
+            functools.partial(_known, backward=backward), 3.0 if backward else 2.0, shown=0
+        ),
         flops=lambda i: (6.0 if backward else 2.0) * i.dout.numel() * s.C,
         pairs=(("encfast", "F.linear"),),
         budget_s={"tiny": 0.1, "quick": 1.0, "full": 4.0}[setting.suite],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant, all_of, error_gate
+from harness import BenchSpec, Call, ReferenceGate, Setting, Variant
 from timing import short_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -93,22 +93,11 @@ def _call(i: Inputs, head: Head, masked: bool) -> Call:
     return Call(run, collect=lambda grads: (grads[0][i.masked], grads[1]))
 
 
-class _Verify:
-    """Compares gradients with the reference in float64, computed once per bench."""
-
-    def __init__(self) -> None:
-        self._known: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-
-    def __call__(self, inputs: Inputs, variant: Variant, found: tuple[Tensor, ...]) -> Gate:
-        if self._known is None:
-            wide = [t.detach().double().requires_grad_() for t in (inputs.x, inputs.weight)]
-            call = _call(Inputs(*wide, inputs.targets), _reference, masked=True)
-            plain = _call(inputs, _logits, masked=True)
-            self._known = call.collect(call.run()), plain.collect(plain.run())
-        gates = [
-            error_gate(variant.name, *three, 3.0) for three in zip(found, *self._known, strict=True)
-        ]
-        return all_of(gates, shown=-1)
+def _known(i: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    wide = [t.detach().double().requires_grad_() for t in (i.x, i.weight)]
+    call = _call(Inputs(*wide, i.targets), _reference, masked=True)
+    plain = _call(i, _logits, masked=True)
+    return call.collect(call.run()), plain.collect(plain.run())
 
 
 _VARIANTS: dict[str, tuple[Head, bool]] = {
@@ -137,7 +126,7 @@ def _spec(s: Shape, dtype: torch.dtype, setting: Setting) -> BenchSpec:
             )
             for name, (head, masked) in _VARIANTS.items()
         ),
-        verify=_Verify(),
+        verify=ReferenceGate(_known, 3.0),
         flops=lambda i: 6.0 * i.masked.numel() * s.V * s.C,
         pairs=(("encfast", "logits of all tokens"), ("encfast", "F.linear_cross_entropy")),
         budget_s=0.1 if setting.suite == "tiny" else 20.0,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from harness import BenchSpec, Call, Gate, Setting, Variant, all_of, error_gate
+from harness import BenchSpec, Call, ReferenceGate, Setting, Variant
 from timing import short_name
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -90,21 +90,10 @@ def _call(i: Inputs, loss: Loss) -> Call:
     return Call(lambda: torch.autograd.grad(loss(*i.tensors()), (i.x, i.weight)))
 
 
-class _Verify:
-    """Compares gradients with the reference in float64, computed once per bench."""
-
-    def __init__(self) -> None:
-        self._known: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-
-    def __call__(self, i: Inputs, variant: Variant, found: tuple[Tensor, ...]) -> Gate:
-        if self._known is None:
-            wide = {f.name: getattr(i, f.name).detach().double() for f in fields(i)}
-            exact = Inputs(**wide | {k: wide[k].requires_grad_() for k in ("x", "weight")})
-            self._known = _call(exact, _reference).run(), _call(i, _all_logits).run()
-        gates = [
-            error_gate(variant.name, *three, 3.0) for three in zip(found, *self._known, strict=True)
-        ]
-        return all_of(gates, shown=-1)
+def _known(i: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    wide = {f.name: getattr(i, f.name).detach().double() for f in fields(i)}
+    exact = Inputs(**wide | {k: wide[k].requires_grad_() for k in ("x", "weight")})
+    return _call(exact, _reference).run(), _call(i, _all_logits).run()
 
 
 _VARIANTS: dict[str, Loss] = {
@@ -130,7 +119,7 @@ def _spec(s: Shape, dtype: torch.dtype, setting: Setting) -> BenchSpec:
             )
             for name, loss in _VARIANTS.items()
         ),
-        verify=_Verify(),
+        verify=ReferenceGate(_known, 3.0),
         # The student's three products and the teacher's one.
         flops=lambda i: 2.0 * s.N * s.V * (3 * s.C + s.teacher_C),
         pairs=tuple(("encfast", peer) for peer in _VARIANTS if peer != "encfast"),

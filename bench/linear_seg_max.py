@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import BenchSpec, Call, Gate, Setting, Variant, all_of, error_gate
+from harness import BenchSpec, Call, ReferenceGate, Setting, Variant
 from torch import Tensor
 
 from encfast import PackedBatch, losses, ops, ref
@@ -60,21 +60,9 @@ def _call(i: Inputs, pooled: Pooled) -> Call:
     return Call(run)
 
 
-class _Verify:
-    """Compares loss and gradients with the reference in float64, computed once per bench."""
-
-    def __init__(self) -> None:
-        self._known: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-
-    def __call__(self, inputs: Inputs, variant: Variant, found: tuple[Tensor, ...]) -> Gate:
-        if self._known is None:
-            wide = [t.detach().double().requires_grad_() for t in (inputs.x, inputs.weight)]
-            exact = _call(Inputs(*wide, inputs.words), _reference).run()
-            self._known = exact, _call(inputs, _logits).run()
-        gates = [
-            error_gate(variant.name, *three, 3.0) for three in zip(found, *self._known, strict=True)
-        ]
-        return all_of(gates, shown=-1)
+def _known(i: Inputs) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    wide = [t.detach().double().requires_grad_() for t in (i.x, i.weight)]
+    return _call(Inputs(*wide, i.words), _reference).run(), _call(i, _logits).run()
 
 
 def specs(setting: Setting) -> list[BenchSpec]:
@@ -99,7 +87,7 @@ def specs(setting: Setting) -> list[BenchSpec]:
                 )
                 for name, pooled in variants.items()
             ),
-            verify=_Verify(),
+            verify=ReferenceGate(_known, 3.0),
             # Forward of all rows; backward of what was chosen.
             flops=lambda i: 2.0 * (i.words.total + 2 * count) * v * c,
             pairs=(("encfast", "logits"),),
