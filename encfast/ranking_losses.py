@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from encfast._precision import wide
 
 
 def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -136,8 +137,8 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"teacher has shape {tuple(teacher.shape)}, expected {tuple(student.shape)} like the "
             "student"
         )
-    wide = torch.promote_types(student.dtype, torch.float32)
-    return student.to(wide), teacher.detach().to(wide)
+    student = wide(student)
+    return student, teacher.detach().to(student.dtype)
 
 
 def _check_temperature(temperature: float) -> None:

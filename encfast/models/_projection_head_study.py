@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encfast._precision import wide
+
 
 def probe_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, ridge: float = 1e-3
@@ -82,7 +84,7 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         0-dim.
     """
-    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+    a, b = wide(a), wide(b)
     n, pairs = len(a), (a * b).sum(1)
     others = ((a.T @ a) * (b.T @ b)).sum() - pairs.square().sum()
     return -2 * pairs.sum() / max(n, 1) + others / max(n * (n - 1), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from encfast._precision import wide
 from encfast.packed import PackedBatch
 
 _DIGITS = 4  # to which the published code rounds distances; equal ones go by place
@@ -31,7 +32,7 @@ def boundary_distances(essays: PackedBatch, prototype: int) -> Tensor:
     """
     if prototype < 1:
         raise ValueError(f"prototype must be >= 1, got {prototype}")
-    x = essays.data.to(torch.promote_types(essays.data.dtype, torch.float32))
+    x = wide(essays.data)
     rows = torch.arange(essays.total, device=x.device)
     ends = essays.cu_seqlens.long()[essays.segment_ids() + 1]
     before = _mean_from(x, rows, -1, essays.positions() + 1, prototype)

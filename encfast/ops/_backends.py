@@ -125,6 +125,13 @@ def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def wanted_only(grads: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients as backward ops return them: [0] in place of those that nobody wants."""
+    return tuple(
+        g.contiguous() if want else g.new_empty(0) for g, want in zip(grads, wanted, strict=True)
+    )
+
+
 def register_reference(stem: str, op: str, reference: Callable) -> None:
     """Serves `encfast::op` by `reference` on every device that has no kernel for it."""
     names = _argument_names(op)

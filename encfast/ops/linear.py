@@ -130,11 +130,8 @@ def _reference_fwd(x, weight, bias):
 
 
 def _reference_bwd(dout, x, weight, want_dx, want_dweight, want_dbias):
-    wanted = want_dx, want_dweight, want_dbias
     grads = _ref_bwd(dout, x, weight)
-    return tuple(
-        g.contiguous() if want else g.new_empty(0) for g, want in zip(grads, wanted, strict=True)
-    )
+    return _backends.wanted_only(grads, (want_dx, want_dweight, want_dbias))
 
 
 _backends.register_reference("linear", "linear", _reference_fwd)

@@ -23,9 +23,9 @@ Sources: Szegedy et al. (label smoothing, arXiv:1512.00567); Chowdhery et al., P
 arXiv:2204.02311); Hsu et al., Liger Kernel (arXiv:2410.10989) and Wijmans et al., Cut Your Losses
 (arXiv:2411.09009), who stream this loss on GPUs.
 
-Backends: on the CPU matrix products (PyTorch's or `linear`'s) with C++ between them; on CUDA and
-HIP Triton, which keeps logits in registers and stores 64 MiB of their gradient at a time; elsewhere
-the reference, which holds all logits.
+Backends: on the CPU PyTorch's matrix products with C++ between them; on CUDA and HIP Triton, which
+keeps logits in registers and stores 64 MiB of their gradient at a time; elsewhere the reference,
+which holds all logits.
 """
 
 import torch
@@ -136,10 +136,7 @@ def _reference_fwd(x, weight, targets, bias, rows, *options_and_keep):
 def _reference_bwd(dloss, x, weight, targets, bias, rows, lse, kept, *options_and_wanted):
     *options, want_dx, want_dweight, want_dbias = options_and_wanted
     grads = _ref_bwd(dloss, x, weight, targets, bias, rows, *options)
-    return tuple(
-        g if want else g.new_empty(0)
-        for g, want in zip(grads, (want_dx, want_dweight, want_dbias), strict=True)
-    )
+    return _backends.wanted_only(grads, (want_dx, want_dweight, want_dbias))
 
 
 def _cpu_fwd(x, weight, targets, bias, rows, *options_and_keep):

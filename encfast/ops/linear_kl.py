@@ -13,9 +13,8 @@ others again.
 
 Sources: Hinton et al. (arXiv:1503.02531); Hsu et al., Liger Kernel (arXiv:2410.10989).
 
-Backends: on the CPU matrix products (PyTorch's or `linear`'s) with linear_cross_entropy's C++
-between them; Triton on CUDA and HIP, on linear_cross_entropy's plan; elsewhere the reference, which
-holds all logits.
+Backends: on the CPU PyTorch's matrix products with linear_cross_entropy's C++ between them; Triton
+on CUDA and HIP, on linear_cross_entropy's plan; elsewhere the reference, which holds all logits.
 """
 
 import math
@@ -148,10 +147,7 @@ def _reference_fwd(*args):
 def _reference_bwd(dloss, *args):
     *operands, _lse, _kept, want_dx, want_dweight, want_dbias = args
     grads = _ref_bwd(dloss, *operands)
-    return tuple(
-        g if want else g.new_empty(0)
-        for g, want in zip(grads, (want_dx, want_dweight, want_dbias), strict=True)
-    )
+    return _backends.wanted_only(grads, (want_dx, want_dweight, want_dbias))
 
 
 def _cpu_fwd(*args):

@@ -12,8 +12,8 @@ Sources: Xiao et al., RetroMAE v2 (arXiv:2305.02564, section 3.2), whose bag of 
 from these largest logits; Formal et al., SPLADE v2 (arXiv:2109.10086), who pool like this to
 retrieve.
 
-Backends: on the CPU matrix products (PyTorch's or `linear`'s) with seg_pool's C++ between them;
-elsewhere the reference, which holds all logits.
+Backends: on the CPU PyTorch's matrix products with seg_pool's C++ between them; elsewhere the
+reference, which holds all logits.
 """
 
 import torch
@@ -106,10 +106,7 @@ def _reference_fwd(x, weight, cu_seqlens, bias):
 
 def _reference_bwd(dout, x, weight, rows, want_dx, want_dweight, want_dbias):
     grads = _ref_bwd(dout, x, weight, rows)
-    return tuple(
-        g if want else g.new_empty(0)
-        for g, want in zip(grads, (want_dx, want_dweight, want_dbias), strict=True)
-    )
+    return _backends.wanted_only(grads, (want_dx, want_dweight, want_dbias))
 
 
 def _cpu_fwd(x, weight, cu_seqlens, bias):

@@ -169,10 +169,7 @@ def _reference_bwd(
     if how in ("first", "last"):
         rows = _ref_chosen(x, cu_seqlens, how)
     grads = _ref_bwd(dout, x, cu_seqlens, weights, out, rows, norm, how, normalize)
-    return tuple(
-        g if want else g.new_empty(0)
-        for g, want in zip(grads, (want_dx, want_dweights), strict=True)
-    )
+    return _backends.wanted_only(grads, (want_dx, want_dweights))
 
 
 def _triton_fwd(x, cu_seqlens, weights, how, normalize):

@@ -6,11 +6,19 @@ import torch.nn.functional as F
 from fresh_python import run_under_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_cases import BF16, DTYPES, FP32, assert_same, for_thread_counts, name, results, rows
+from row_cases import (
+    BF16,
+    DTYPES,
+    FP32,
+    assert_near,
+    assert_same,
+    for_thread_counts,
+    name,
+    results,
+    rows,
+)
 
 from encfast import ops, ref
-from encfast.ops import _products
-from encfast.testing import assert_close_to_reference
 
 NATIVE = ops.backends("linear")["cpu"] == "native"
 OP = torch.ops.encfast.linear.default
@@ -158,10 +166,7 @@ def test_fuzz(n, c, f, dtype, seed):
     inputs, grad = operands(n, c, f, dtype), torch.randn(n, f).to(dtype)
     got = results(ops.linear, inputs, [grad])
     want = results(ref.linear, {k: v.double() for k, v in inputs.items()}, [grad])
-    limit = 2e-2 if dtype == BF16 else 1e-5
-    for key, value in got.items():
-        scale = max(1.0, *want[key].abs().flatten().tolist(), 1.0)
-        assert (value - want[key]).abs().max() <= limit * scale if value.numel() else True, key
+    assert_near(got, want, dtype)
 
 
 X, W = torch.randn(5, 6), torch.randn(8, 6)
@@ -223,40 +228,3 @@ def test_direct_calls_never_read_out_of_bounds():
 @pytest.mark.parametrize("isa", torch.ops.encfast.cpu_isas().split(",") if NATIVE else [])
 def test_every_isa_of_this_machine_matches_the_reference(isa):
     run_under_isa(isa, "(cases or layouts or apart or channels) and not every_isa", __file__)
-
-
-@pytest.mark.host
-@pytest.mark.quick
-@pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_products_into_memory(dtype, monkeypatch):
-    """What the vocabulary losses multiply by, on any CPU."""
-    monkeypatch.setattr(_products, "torch_is_below_peak", lambda: True)
-    a, b = torch.randn(70, 45).to(dtype), torch.randn(70, 38).to(dtype)
-    for multiply, left, right, exact in (
-        (_products.multiply_tn, a, b, a.double().mT @ b.double()),
-        (_products.multiply_nt, a, b.mT @ a, None),
-        (_products.multiply_nn, a, a.mT @ b, None),
-    ):
-        if exact is None:
-            wide = right.double()
-            exact = left.double() @ (wide.mT if multiply is _products.multiply_nt else wide)
-        out = torch.full(exact.shape, float("nan"), dtype=dtype)
-        assert multiply(left, right, out) is out
-        assert_close_to_reference("out", out, exact, exact.to(dtype), 2.0, eps_factor=8.0)
-
-
-@pytest.mark.host
-@pytest.mark.quick
-@pytest.mark.skipif(not NATIVE, reason="the compiled library is not loaded")
-@pytest.mark.parametrize("product", [-1, 0, 1, 2, 3])
-def test_products_into_memory_of_another_shape_fail(product):
-    into = torch.ops.encfast.multiply_into
-    for a, b, out in (
-        (X, X, torch.empty(7, 7)),
-        (X, W[:, :5], torch.empty(5, 8)),
-        (X, X, torch.empty(6, 6).half()),
-        (X, X, torch.empty(12, 12)[::2, :6]),
-    ):
-        with pytest.raises(RuntimeError, match=r"multiply_into: (product|b|out)"):
-            into(a, b, product, out)
