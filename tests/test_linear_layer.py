@@ -23,7 +23,7 @@ pytestmark = [
 def calls(monkeypatch):
     """As on a CPU that profits, whatever this one is; the calls of the op."""
     found = []
-    monkeypatch.setattr(linear_layer, "torch_is_below_peak", lambda: True)
+    monkeypatch.setattr(linear_layer, "_torch_is_below_peak", lambda: True)
     monkeypatch.setattr(
         linear_layer.ops, "linear", lambda *a, op=ops.linear: found.append(a) or op(*a)
     )
@@ -95,4 +95,4 @@ def test_is_chosen_by_the_maker_of_the_cpu(monkeypatch):
     monkeypatch.undo()
     amd = torch.ops.encfast.cpu_vendor() == "AuthenticAMD"
     fast = torch.ops.encfast.cpu_isa() != "base"
-    assert linear_layer.torch_is_below_peak() == (amd and fast)
+    assert linear_layer._torch_is_below_peak() == (amd and fast)

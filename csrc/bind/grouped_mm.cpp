@@ -43,13 +43,6 @@ struct Groups {
   }
 };
 
-Tensor checked_operand(const char* op, const char* name, const Tensor& x, int64_t dim) {
-  check_cpu(op, name, x);
-  check_dim(op, name, x, dim);
-  core_dtype(op, name, x);
-  return with_inner_contiguous(x, dim - 1);
-}
-
 // x, weight and the groups, known to fit.
 struct Problem {
   const char* op;
@@ -76,16 +69,6 @@ struct Problem {
   }
 };
 
-void multiply(GroupedMmParams& p, const Tensor& like, const std::vector<GroupedMmTask>& tasks) {
-  TorchPool pool;
-  const GroupedMmKernels& kernels = cpu_kernels().grouped_mm;
-  p.tasks = tasks.data();
-  p.n_tasks = static_cast<int64_t>(tasks.size());
-  const Workspace workspace(like, kernels.workspace_bytes(p, pool.threads()));
-  p.workspace = workspace.data();
-  if (p.n_tasks > 0) kernels.multiply(p, pool.pool());
-}
-
 // rows x terms, by the weight of each group.
 Tensor by_weight(const Problem& q, GroupedProduct product, const Tensor& rows, int64_t terms,
                  int64_t columns, const float* bias) {
@@ -111,10 +94,10 @@ Tensor by_weight(const Problem& q, GroupedProduct product, const Tensor& rows, i
                     nullptr,
                     0,
                     nullptr};
-  multiply(p, q.x,
-           grouped_tasks(
-               product, q.E, columns, [&](int64_t e) { return q.groups.rows(e); },
-               [&](int64_t) { return terms; }));
+  multiply_groups(p, q.x,
+                  grouped_tasks(
+                      product, q.E, columns, [&](int64_t e) { return q.groups.rows(e); },
+                      [&](int64_t) { return terms; }));
   return out;
 }
 
@@ -134,10 +117,10 @@ Tensor grad_weight(const Problem& q, const Tensor& dout) {
                     nullptr,
                     0,
                     nullptr};
-  multiply(p, q.x,
-           grouped_tasks(
-               p.product, q.E, q.C, [&](int64_t) { return q.F; },
-               [&](int64_t e) { return q.groups.rows(e); }));
+  multiply_groups(p, q.x,
+                  grouped_tasks(
+                      p.product, q.E, q.C, [&](int64_t) { return q.F; },
+                      [&](int64_t e) { return q.groups.rows(e); }));
   return out;
 }
 

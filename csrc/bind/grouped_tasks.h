@@ -1,11 +1,12 @@
-// How products of groups of rows are cut into tasks of the grouped_mm core.
+// How products of groups of rows are cut into tasks of the grouped_mm core, and run.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "bind/pool.h"
-#include "cpu/grouped_mm.h"
+#include "bind/tensor_util.h"
+#include "cpu/isa.h"
 
 namespace encfast {
 
@@ -62,6 +63,18 @@ std::vector<GroupedMmTask> grouped_tasks(GroupedProduct product, int64_t E, int6
     return cost(s) > cost(t);
   });
   return tasks;
+}
+
+// Runs the tasks; `like` is a tensor of the device.
+inline void multiply_groups(GroupedMmParams& p, const Tensor& like,
+                            const std::vector<GroupedMmTask>& tasks) {
+  TorchPool pool;
+  const GroupedMmKernels& kernels = cpu_kernels().grouped_mm;
+  p.tasks = tasks.data();
+  p.n_tasks = static_cast<int64_t>(tasks.size());
+  const Workspace workspace(like, kernels.workspace_bytes(p, pool.threads()));
+  p.workspace = workspace.data();
+  if (p.n_tasks > 0) kernels.multiply(p, pool.pool());
 }
 
 }  // namespace encfast

@@ -17,17 +17,10 @@ struct Operand {
   Tensor tensor;
   ConstMatrix matrix;
 
-  Operand(const char* op, const char* name, const Tensor& x) : tensor(checked(op, name, x)) {
-    matrix = {tensor.const_data_ptr(), tensor.stride(0), core_dtype(op, name, tensor)};
-  }
+  Operand(const char* op, const char* name, const Tensor& x)
+      : tensor(checked_operand(op, name, x, 2)),
+        matrix{tensor.const_data_ptr(), tensor.stride(0), core_dtype(op, name, tensor)} {}
   int64_t size(int64_t dim) const { return tensor.size(dim); }
-
- private:
-  static Tensor checked(const char* op, const char* name, const Tensor& x) {
-    check_cpu(op, name, x);
-    check_dim(op, name, x, 2);
-    return with_inner_contiguous(x, 1);
-  }
 };
 
 void check_fits(const char* op, const char* name, const Operand& given, int64_t rows,
@@ -47,37 +40,17 @@ struct OneGroup {
 };
 
 // [rows, columns] results with `terms` terms a sum, of `tokens` rows of x and dout.
-void multiply_into(const char* op, GroupedProduct product, const Operand& a, const Operand& b,
-                   int64_t tokens, int64_t rows, int64_t columns, int64_t terms, const float* bias,
-                   Tensor& out) {
-  if (rows == 0 || columns == 0) return;
-  const OneGroup group(op, tokens);
-  const std::vector<GroupedMmTask> tasks = grouped_tasks(
-      product, 1, columns, [&](int64_t) { return rows; }, [&](int64_t) { return terms; });
-  GroupedMmParams p{product,
-                    group.ends,
-                    a.matrix,
-                    b.matrix,
-                    0,
-                    terms,
-                    bias,
-                    columns,
-                    matrix_of(op, out),
-                    0,
-                    tasks.data(),
-                    static_cast<int64_t>(tasks.size()),
-                    nullptr};
-  TorchPool pool;
-  const GroupedMmKernels& kernels = cpu_kernels().grouped_mm;
-  const Workspace workspace(a.tensor, kernels.workspace_bytes(p, pool.threads()));
-  p.workspace = workspace.data();
-  kernels.multiply(p, pool.pool());
-}
-
 Tensor multiply(const char* op, GroupedProduct product, const Operand& a, const Operand& b,
                 int64_t tokens, int64_t rows, int64_t columns, int64_t terms, const float* bias) {
   Tensor out = new_contiguous(a.tensor, {rows, columns}, a.tensor.scalar_type());
-  multiply_into(op, product, a, b, tokens, rows, columns, terms, bias, out);
+  if (rows == 0 || columns == 0) return out;
+  const OneGroup group(op, tokens);
+  GroupedMmParams p{product, group.ends,         a.matrix, b.matrix, 0, terms,  bias,
+                    columns, matrix_of(op, out), 0,        nullptr,  0, nullptr};
+  multiply_groups(
+      p, a.tensor,
+      grouped_tasks(
+          product, 1, columns, [&](int64_t) { return rows; }, [&](int64_t) { return terms; }));
   return out;
 }
 
@@ -117,26 +90,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpu(const Tensor& dout, const Tens
           want_dbias ? sum_of_rows(kOp, d) : new_empty_vector(a.tensor, ScalarType::Float)};
 }
 
-// out = a b^T, a b or a^T b.
-void multiply_into_cpu(const Tensor& a_in, const Tensor& b_in, int64_t product, Tensor out) {
-  constexpr const char* kOp = "encfast::multiply_into";
-  STD_TORCH_CHECK(product >= 0 && product <= 2, kOp, ": product is ", product, ", expected 0 to 2");
-  const Operand a(kOp, "a", a_in), b(kOp, "b", b_in), c(kOp, "out", out);
-  const auto kind = static_cast<GroupedProduct>(product);
-  const bool first = kind == GroupedProduct::kGradWeight, last = kind == GroupedProduct::kForward;
-  const int64_t rows = a.size(first ? 1 : 0), terms = a.size(first ? 0 : 1);
-  const int64_t columns = b.size(last ? 0 : 1);
-  check_fits(kOp, "b", b, last ? columns : terms, last ? terms : columns, a.matrix.dtype);
-  check_fits(kOp, "out", c, rows, columns, a.matrix.dtype);
-  STD_TORCH_CHECK(inner_contiguous(out, 0), kOp, ": out is not contiguous");
-  multiply_into(kOp, kind, a, b, a.size(0), rows, columns, terms, nullptr, out);
-}
-
 }  // namespace
 }  // namespace encfast
 
 STABLE_TORCH_LIBRARY_IMPL(encfast, CPU, m) {
   m.impl("linear", TORCH_BOX(&encfast::linear_cpu));
   m.impl("linear_bwd", TORCH_BOX(&encfast::linear_bwd_cpu));
-  m.impl("multiply_into", TORCH_BOX(&encfast::multiply_into_cpu));
 }

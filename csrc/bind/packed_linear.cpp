@@ -50,14 +50,6 @@ Norm parse_norm(const char* op, const OptString& value) {
   return value ? parse<Norm>(op, "norm", *value, {"layernorm", "rmsnorm"}, 1) : Norm::kNone;
 }
 
-// x as a checked matrix with contiguous rows.
-Tensor checked_matrix(const char* op, const char* name, const Tensor& x) {
-  check_cpu(op, name, x);
-  check_dim(op, name, x, 2);
-  core_dtype(op, name, x);
-  return with_inner_contiguous(x, 1);
-}
-
 MatrixView view_of(const char* op, const Tensor& x) {
   return {x.const_data_ptr(), core_dtype(op, "x", x), x.stride(0)};
 }
@@ -82,7 +74,7 @@ void check_terms(const char* op, LinearFormat format, int64_t C) {
 Tensor pack_linear_cpu(const Tensor& weight, const std::string& format_name) {
   constexpr const char* kOp = "encfast::pack_linear";
   const LinearFormat format = parse_format(kOp, format_name);
-  const Tensor rows = checked_matrix(kOp, "weight", weight);
+  const Tensor rows = checked_operand(kOp, "weight", weight, 2);
   const int64_t F = rows.size(0), C = rows.size(1);
   check_terms(kOp, format, C);
   Tensor packed = new_contiguous(rows, {packed_linear_bytes(format, F, C)}, ScalarType::Byte);
@@ -121,7 +113,7 @@ Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t F,
                          const OptTensor& norm_bias, std::optional<double> norm_eps) {
   constexpr const char* kOp = "encfast::packed_linear";
   const LinearFormat format = parse_format(kOp, format_name);
-  const Tensor rows = checked_matrix(kOp, "x", x);
+  const Tensor rows = checked_operand(kOp, "x", x, 2);
   const int64_t N = rows.size(0), C = rows.size(1);
   check_terms(kOp, format, C);
   const Tensor weight = checked_packed(kOp, packed, format, F, C);
@@ -140,7 +132,7 @@ Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t F,
 
   OptTensor r;
   if (residual) {
-    r = checked_matrix(kOp, "residual", *residual);
+    r = checked_operand(kOp, "residual", *residual, 2);
     STD_TORCH_CHECK(r->size(0) == N && r->size(1) == width, kOp, ": residual has shape ",
                     shape_text(*r), ", expected (", N, ", ", width, ")");
   }

@@ -86,6 +86,15 @@ inline Tensor with_inner_contiguous(const Tensor& x, int64_t from) {
   return inner_contiguous(x, from) ? x : torch::stable::contiguous(x);
 }
 
+// x of `dim` dimensions and a dtype that cores know, the last dimension contiguous; outer strides
+// stay.
+inline Tensor checked_operand(const char* op, const char* name, const Tensor& x, int64_t dim) {
+  check_cpu(op, name, x);
+  check_dim(op, name, x, dim);
+  core_dtype(op, name, x);
+  return with_inner_contiguous(x, dim - 1);
+}
+
 inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }

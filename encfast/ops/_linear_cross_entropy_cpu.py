@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the CPU: matrix products, compiled kernels between them."""
+"""linear_cross_entropy on the CPU: PyTorch's matrix products, compiled kernels between them."""
 
 from __future__ import annotations
 
